@@ -1,0 +1,25 @@
+# make build: bin/unum. make test: everything. make demo: see it work.
+GO ?= go
+export CGO_ENABLED = 0
+LDFLAGS = -s -w
+
+.PHONY: build test demo unit cluster deps clean check
+
+build: bin/unum
+
+bin/unum: FORCE
+	@mkdir -p bin
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o cmd/unum/core/unum-core ./cmd/unum-core
+	@sha256sum cmd/unum/core/unum-core | cut -c1-64 > cmd/unum/core/unum-core.id
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/unum ./cmd/unum
+
+FORCE:
+
+deps:
+	@scripts/deps
+
+test: deps build
+	$(GO) test -count=1 -timeout 15m ./...
+
+clean:
+	rm -rf bin cmd/unum/core/unum-core cmd/unum/core/unum-core.id

@@ -1,0 +1,348 @@
+// Package cli is what the verbs about jobs do on the command line: ask the
+// daemon, print, and return an exit code.
+//
+// Every function returns 0 for success, 125 when Unum failed (after a sentence on
+// errOut), or what its own comment says. sock is the daemon's socket, as
+// control.Path returns it.
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/user"
+	"sort"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/proc"
+	"github.com/unum-os/unum/internal/proc/jobapi"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// askTimeout bounds the questions that are answered at once.
+const askTimeout = 15 * time.Second
+
+// Fail prints err as the failure of verb and returns 125.
+func Fail(errOut io.Writer, verb string, err error) int {
+	var e *errs.Error
+	text := err.Error()
+	if errors.As(err, &e) && e.Remedy != "" && !strings.Contains(text, "\ntry: ") {
+		text += "\ntry: " + e.Remedy
+	}
+	fmt.Fprintf(errOut, "unum: %s: %s\n", verb, text)
+	return jobapi.CodeFailed
+}
+
+// Call asks the daemon one question: req and resp (nil for none) are CBOR
+// structs.
+func Call(ctx context.Context, sock, verb string, req, resp any) error {
+	c, err := control.Dial(ctx, sock)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	b, err := c.Call(ctx, verb, wire.MustMarshal(req))
+	if err != nil || resp == nil {
+		return err
+	}
+	return wire.Unmarshal(b, resp)
+}
+
+// ParseJob reads a job number, with or without a leading %.
+func ParseJob(s string) (ids.Job, error) {
+	n, err := strconv.ParseUint(strings.TrimPrefix(s, "%"), 10, 64)
+	if err != nil || n == 0 {
+		return 0, errs.E(errs.Invalid, "", "", "job %q: want a number, as unum ps shows them", s)
+	}
+	return ids.Job(n), nil
+}
+
+// row is a job as `unum ps --json` prints it.
+type row struct {
+	ID          uint64  `json:"id"`
+	Node        string  `json:"node"`
+	Home        string  `json:"home"`
+	State       string  `json:"state"`
+	Incarnation uint64  `json:"incarnation"`
+	User        string  `json:"user"`
+	Name        string  `json:"name,omitempty"`
+	Command     string  `json:"command"`
+	CPU         float64 `json:"cpu_seconds"`
+	RSS         int64   `json:"rss_bytes"`
+	Started     string  `json:"started"`
+	Ended       string  `json:"ended,omitempty"`
+	Detached    bool    `json:"detached"`
+	ExitCode    *int    `json:"exit_code,omitempty"`
+}
+
+// PS is `unum ps`: the jobs of the whole cluster, with all also the ended ones.
+func PS(ctx context.Context, sock string, out, errOut io.Writer, asJSON, all bool) int {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	var resp proc.PSResp
+	if err := Call(ctx, sock, proc.VerbPS, proc.PSReq{All: all}, &resp); err != nil {
+		return Fail(errOut, "ps", err)
+	}
+	names := map[uint32]string{}
+	rows := make([]row, 0, len(resp.Jobs))
+	for _, j := range resp.Jobs {
+		r := &j.Record
+		w := row{ID: uint64(r.Job), Node: r.Node.String(), Home: r.Home.String(), State: r.State.String(), Incarnation: uint64(r.Incarnation),
+			User: userName(names, r.UID), Name: r.Name, Command: command(r.Argv), CPU: float64(j.CPU) / 1e9, RSS: j.RSS,
+			Started: stamp(r.Start), Detached: r.Detached}
+		if r.State.Finished() {
+			code := r.ExitCode()
+			w.ExitCode, w.Ended = &code, stamp(r.End)
+		}
+		rows = append(rows, w)
+	}
+	for _, n := range resp.Silent {
+		fmt.Fprintf(errOut, "unum: ps: node %v does not answer: its running jobs are shown as the record knows them\n", n)
+	}
+	if resp.Record != "" {
+		fmt.Fprintf(errOut, "unum: ps: the record cannot be read, ended and lost jobs are missing: %s\n", resp.Record)
+	}
+	if asJSON {
+		e := json.NewEncoder(out)
+		e.SetIndent("", "  ")
+		if err := e.Encode(rows); err != nil {
+			return Fail(errOut, "ps", err)
+		}
+		return 0
+	}
+	tw := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, "ID\tNODE\tHOME\tSTATE\tUSER\tCPU\tRSS\tSTARTED\tCOMMAND")
+	for i, w := range rows {
+		fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", w.ID, w.Node, w.Home, w.State, w.User,
+			cpuTime(w.CPU), size(w.RSS), since(resp.Jobs[i].Record.Start), short(w.Command))
+	}
+	if err := tw.Flush(); err != nil {
+		return Fail(errOut, "ps", err)
+	}
+	return 0
+}
+
+func userName(seen map[uint32]string, uid uint32) string {
+	if n, ok := seen[uid]; ok {
+		return n
+	}
+	n := strconv.FormatUint(uint64(uid), 10)
+	if u, err := user.LookupId(n); err == nil {
+		n = u.Username
+	}
+	seen[uid] = n
+	return n
+}
+
+// command prints an argument vector on one line: what a shell would have to be
+// given is quoted, control characters included.
+func command(argv [][]byte) string {
+	parts := make([]string, len(argv))
+	for i, a := range argv {
+		s := string(a)
+		plain := s != ""
+		for _, c := range s {
+			if c == unicode.ReplacementChar || !unicode.IsPrint(c) || strings.ContainsRune(" \t\"'\\$`*?|&;<>(){}[]#~!", c) {
+				plain = false
+				break
+			}
+		}
+		if !plain {
+			s = strconv.Quote(s)
+		}
+		parts[i] = s
+	}
+	return strings.Join(parts, " ")
+}
+
+func short(s string) string {
+	const most = 60 // leaves room for the other columns on a line of 132
+	r := []rune(s)
+	if len(r) <= most {
+		return s
+	}
+	return string(r[:most-1]) + "…"
+}
+
+func stamp(ns int64) string {
+	if ns == 0 {
+		return ""
+	}
+	return time.Unix(0, ns).Format(time.RFC3339Nano)
+}
+
+func since(ns int64) string {
+	t := time.Unix(0, ns)
+	if time.Since(t) < 20*time.Hour {
+		return t.Format("15:04:05")
+	}
+	return t.Format("Jan 02 15:04")
+}
+
+func cpuTime(s float64) string {
+	if s < 60 {
+		return fmt.Sprintf("%.2fs", s)
+	}
+	return time.Duration(s * 1e9).Round(time.Second).String()
+}
+
+func size(n int64) string {
+	const k = 1024
+	switch {
+	case n == 0:
+		return "-"
+	case n < k*k:
+		return fmt.Sprintf("%dK", n/k)
+	case n < k*k*k:
+		return fmt.Sprintf("%.1fM", float64(n)/(k*k))
+	}
+	return fmt.Sprintf("%.1fG", float64(n)/(k*k*k))
+}
+
+// ParseSignal reads a signal: 9, KILL or SIGKILL.
+func ParseSignal(s string) (int, error) {
+	if n, err := strconv.Atoi(s); err == nil {
+		if n < 0 || n > 64 {
+			return 0, errs.E(errs.Invalid, "", "", "signal %d: want 0 to 64", n)
+		}
+		return n, nil
+	}
+	name := strings.ToUpper(s)
+	if !strings.HasPrefix(name, "SIG") {
+		name = "SIG" + name
+	}
+	if n := unix.SignalNum(name); n != 0 {
+		return int(n), nil
+	}
+	return 0, errs.E(errs.Invalid, "", "", "no signal %q", s)
+}
+
+// Kill is `unum kill [-s SIG] JOB...`: it signals each job's process group. Its
+// code is 1 when at least one could not be signalled.
+func Kill(ctx context.Context, sock string, errOut io.Writer, signal string, jobs []string) int {
+	sig, err := ParseSignal(signal)
+	if err != nil {
+		return Fail(errOut, "kill", err)
+	}
+	code := 0
+	for _, s := range jobs {
+		id, err := ParseJob(s)
+		if err == nil {
+			c, cancel := context.WithTimeout(ctx, askTimeout)
+			err = Call(c, sock, proc.VerbKill, proc.KillReq{Job: id, Signal: sig}, nil)
+			cancel()
+		}
+		if err != nil {
+			if n := Fail(errOut, "kill", err); errs.Has(err, errs.Unavailable) {
+				return n
+			}
+			code = 1
+		}
+	}
+	return code
+}
+
+// Wait is `unum wait JOB`: its code is the job's, 125 with a sentence for a job
+// that was lost.
+func Wait(ctx context.Context, sock string, errOut io.Writer, job string) int {
+	id, err := ParseJob(job)
+	if err != nil {
+		return Fail(errOut, "wait", err)
+	}
+	var w proc.WaitResp
+	if err := Call(ctx, sock, proc.VerbWait, proc.JobReq{Job: id}, &w); err != nil {
+		return Fail(errOut, "wait", err)
+	}
+	r := &w.Record
+	switch {
+	case r.State == proc.Lost:
+		fmt.Fprintf(errOut, "unum: wait: job %d is lost: %s\n", id, r.Text)
+	case r.State == proc.Killed && r.Text != "":
+		fmt.Fprintf(errOut, "unum: wait: job %d was ended by Unum: %s\n", id, r.Text)
+	}
+	return r.ExitCode()
+}
+
+// Logs is `unum logs [-f] JOB`: the job's stdout to out and its stderr to errOut;
+// with follow until it ends.
+func Logs(ctx context.Context, sock string, out, errOut io.Writer, follow bool, job string) int {
+	id, err := ParseJob(job)
+	if err != nil {
+		return Fail(errOut, "logs", err)
+	}
+	c, err := control.Dial(ctx, sock)
+	if err != nil {
+		return Fail(errOut, "logs", err)
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	if err := c.Start(proc.VerbLogs, wire.MustMarshal(proc.LogsReq{Job: id, Follow: follow})); err != nil {
+		return Fail(errOut, "logs", err)
+	}
+	for {
+		b, _, err := c.Recv()
+		if err == io.EOF {
+			return 0
+		}
+		var l proc.Log
+		if err == nil {
+			err = wire.Unmarshal(b, &l)
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return 128 + int(syscall.SIGINT)
+			}
+			return Fail(errOut, "logs", err)
+		}
+		w := out
+		if l.FD == 2 {
+			w = errOut
+		}
+		if _, err := w.Write(l.Data); err != nil {
+			return Fail(errOut, "logs", err)
+		}
+	}
+}
+
+// Why is `unum why JOB`: why it runs where it runs, in prices.
+func Why(ctx context.Context, sock string, out, errOut io.Writer, asJSON bool, job string) int {
+	id, err := ParseJob(job)
+	if err != nil {
+		return Fail(errOut, "why", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	var w proc.WhyResp
+	if err := Call(ctx, sock, proc.VerbWhy, proc.JobReq{Job: id, JSON: asJSON}, &w); err != nil {
+		return Fail(errOut, "why", err)
+	}
+	if _, err := io.WriteString(out, w.Text); err != nil {
+		return Fail(errOut, "why", err)
+	}
+	return 0
+}
+
+// Signals lists the names `unum kill -l` prints, by number.
+func Signals() []string {
+	var out []string
+	for n := syscall.Signal(1); n < 32; n++ {
+		if s := unix.SignalName(n); s != "" {
+			out = append(out, fmt.Sprintf("%2d %s", int(n), strings.TrimPrefix(s, "SIG")))
+		}
+	}
+	sort.Strings(out)
+	return out
+}

@@ -1,0 +1,29 @@
+// Package control carries requests of local programs to the node's daemon over
+// a unix socket, and the answers back.
+//
+// Words: a verb names what is asked; a request is one verb with its argument
+// bytes and, for some verbs, open descriptors; an answer is a sequence of
+// messages ended by success or by one error. The argument and the messages are
+// opaque here.
+//
+// Who asks is what the kernel says (SO_PEERCRED, SO_PEERGROUPS at connect time),
+// never what the request says. The socket is open to every user; verbs
+// registered with HandleAdmin serve root and the daemon's own user only.
+//
+// On the wire a frame is
+//
+//	[length u32, big endian, of all that follows][type u8][payload]
+//
+// and descriptors ride on the first byte of the frame they belong to.
+//
+// Invariants: a frame above MaxFrame, an unknown type, or more than MaxFiles
+// descriptors closes the connection before memory is taken for it; descriptors
+// nobody took are closed when the request ends; connections are bounded in all
+// and per user.
+//
+// Lock order: Server.mu and Conn.mu are leaves.
+//
+// On failure: no daemon behind the path is an error of class Unavailable that
+// says what to type; a daemon that goes away in the middle is Unavailable too. A
+// client that goes away cancels the context of its request.
+package control

@@ -1,0 +1,227 @@
+package group
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	pb "go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+)
+
+// A learner may be promoted when it lacks at most so many entries: it then
+// catches up within a few rounds.
+const caughtUp = 256
+
+type raftProgress = tracker.Progress
+
+func stateWord(p raftProgress) string {
+	switch p.State {
+	case tracker.StateProbe:
+		return "probe"
+	case tracker.StateReplicate:
+		return "replicate"
+	}
+	return "snapshot"
+}
+
+func nodes(list []uint64) []ids.Node {
+	out := make([]ids.Node, 0, len(list))
+	for _, n := range list {
+		out = append(out, ids.Node(n))
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// conf asks questions of a configuration.
+type conf struct{ *pb.ConfState }
+
+// voters lists those of both sides of a joint configuration.
+func (c conf) voters() []ids.Node {
+	return nodes(slices.Concat(c.Voters, c.VotersOutgoing))
+}
+
+func (c conf) voter(n ids.Node) bool   { return slices.Contains(c.voters(), n) }
+func (c conf) learner(n ids.Node) bool { return slices.Contains(c.Learners, uint64(n)) }
+
+// pendingError says that another change of the configuration is under way.
+type pendingError struct{ err *errs.Error }
+
+func (e pendingError) Error() string { return e.err.Error() }
+func (e pendingError) Unwrap() error { return e.err }
+
+func errPending(g ids.Group) error {
+	return pendingError{errs.E(errs.Busy, "change group", fmt.Sprint(g), "another change of its replicas is under way")}
+}
+
+// proposeChange hands a change of the configuration to raft, on the worker. A
+// change that is already so is answered at once.
+func (w *worker) proposeChange(g *Group, p *proposal) error {
+	if g.change != nil || len(g.conf.VotersOutgoing) > 0 {
+		return errPending(g.id)
+	}
+	cc, err := p.change(conf{g.conf})
+	if err != nil {
+		return err
+	}
+	if cc == nil {
+		g.resolve(p.id, outcome{})
+		return nil
+	}
+	cc.Context = p.id[:]
+	if err := g.rn.ProposeConfChange(cc); err != nil {
+		return err
+	}
+	g.change = p
+	return nil
+}
+
+// applyChange makes raft use a committed configuration.
+func (w *worker) applyChange(g *Group, e *pb.Entry) (*pb.ConfState, error) {
+	cc := &pb.ConfChangeV2{}
+	if err := proto.Unmarshal(e.Data, cc); err != nil {
+		return nil, errs.E(errs.Corrupt, "apply", fmt.Sprintf("entry %d of group %d", e.GetIndex(), g.id), "%v", err)
+	}
+	g.conf = g.rn.ApplyConfChange(cc)
+	g.resolve(entryID(e), outcome{index: e.GetIndex()})
+	w.h.log.Info("group's replicas changed", "group", uint64(g.id), "voters", g.conf.Voters,
+		"outgoing", g.conf.VotersOutgoing, "learners", g.conf.Learners)
+	return g.conf, nil
+}
+
+// reconfigure proposes what plan makes of the configuration in force, again
+// while another change is under way, and returns when it is applied here and no
+// joint configuration is left.
+func (g *Group) reconfigure(ctx context.Context, op string, plan func(conf) (*pb.ConfChangeV2, error)) error {
+	for {
+		p := &proposal{id: g.h.newID(), ctx: ctx, change: plan, done: make(chan outcome, 1)}
+		o := g.submit(ctx, p)
+		var pending pendingError
+		if errors.As(o.err, &pending) {
+			t := time.NewTimer(2 * g.h.cfg.Tick)
+			select {
+			case <-t.C:
+				continue
+			case <-ctx.Done():
+				t.Stop()
+				return o.err
+			}
+		}
+		if o.err != nil {
+			return errs.Wrap(o.err, op, "")
+		}
+		return g.wait(ctx, op, func(st Status) bool { return !st.Joint })
+	}
+}
+
+func change(typ pb.ConfChangeType, list ...ids.Node) *pb.ConfChangeV2 {
+	cc := &pb.ConfChangeV2{Transition: pb.ConfChangeTransitionAuto.Enum()}
+	for _, n := range list {
+		id := uint64(n)
+		cc.Changes = append(cc.Changes, &pb.ConfChangeSingle{Type: typ.Enum(), NodeId: &id})
+	}
+	return cc
+}
+
+// AddLearner makes n, which should have joined the group, a learner. Nothing
+// happens if n has a replica. Errors as of Propose, except that a change under
+// way is waited for.
+func (g *Group) AddLearner(ctx context.Context, n ids.Node) error {
+	return g.reconfigure(ctx, "add learner "+n.String(), func(c conf) (*pb.ConfChangeV2, error) {
+		if c.voter(n) || c.learner(n) {
+			return nil, nil
+		}
+		return change(pb.ConfChangeAddLearnerNode, n), nil
+	})
+}
+
+// Promote makes learners voters, all at once. Errors: Invalid if one is no
+// learner, Busy if one has not caught up; else as AddLearner.
+func (g *Group) Promote(ctx context.Context, list ...ids.Node) error {
+	op := fmt.Sprint("promote ", list)
+	return g.reconfigure(ctx, op, func(c conf) (*pb.ConfChangeV2, error) {
+		var todo []ids.Node
+		for _, n := range list {
+			if c.voter(n) {
+				continue
+			}
+			if !c.learner(n) {
+				return nil, errs.E(errs.Invalid, "", n.String(), "it is no learner of group %d", g.id)
+			}
+			var pr raftProgress
+			g.rn.WithProgress(func(id uint64, _ raft.ProgressType, p raftProgress) {
+				if id == uint64(n) {
+					pr = p
+				}
+			})
+			if !pr.RecentActive || pr.State != tracker.StateReplicate || pr.Match+caughtUp < g.log.last {
+				return nil, errs.E(errs.Busy, "", n.String(), "it has %d of %d entries of group %d", pr.Match, g.log.last, g.id)
+			}
+			todo = append(todo, n)
+		}
+		if len(todo) == 0 {
+			return nil, nil
+		}
+		return change(pb.ConfChangeAddNode, todo...), nil
+	})
+}
+
+// Remove takes n out of the group, voter or learner. The leader may remove
+// itself: it then stops leading. Errors: Invalid for the last voter; else as
+// AddLearner.
+func (g *Group) Remove(ctx context.Context, n ids.Node) error {
+	return g.reconfigure(ctx, "remove "+n.String(), func(c conf) (*pb.ConfChangeV2, error) {
+		switch v := c.voters(); {
+		case len(v) == 1 && v[0] == n:
+			return nil, errs.E(errs.Invalid, "", n.String(), "it is the last voter of group %d", g.id)
+		case !c.voter(n) && !c.learner(n):
+			return nil, nil
+		}
+		return change(pb.ConfChangeRemoveNode, n), nil
+	})
+}
+
+// TransferLeadership makes the voter to the leader and returns when it is.
+// Errors: NotLeader, Invalid if to is no voter, Unavailable if it did not take
+// over within two election timeouts.
+func (g *Group) TransferLeadership(ctx context.Context, to ids.Node) error {
+	op := "transfer leadership to " + to.String()
+	ctx, cancel := context.WithTimeout(ctx, 2*electionTicks*g.h.cfg.Tick)
+	defer cancel()
+	done := make(chan error, 1)
+	g.h.in.push(event{kind: evCall, g: g, fn: func() {
+		b := g.rn.BasicStatus()
+		switch {
+		case b.RaftState != raft.StateLeader:
+			done <- &NotLeaderError{g.id, ids.Node(b.Lead)}
+		case !slices.Contains(g.conf.Voters, uint64(to)):
+			done <- errs.E(errs.Invalid, op, "", "it is no voter of group %d", g.id)
+		default:
+			g.rn.TransferLeader(uint64(to))
+			done <- nil
+		}
+	}})
+	select {
+	case err := <-done:
+		if err != nil {
+			return err
+		}
+	case <-ctx.Done():
+		return waitErr(ctx, op, g.id, "")
+	case <-g.h.stopped:
+		return errStopped()
+	}
+	err := g.wait(ctx, op, func(st Status) bool { return st.Leader == to })
+	if errs.Has(err, errs.Timeout) {
+		return errs.E(errs.Unavailable, op, "", "it did not take over group %d", g.id)
+	}
+	return err
+}

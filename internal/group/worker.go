@@ -1,0 +1,518 @@
+package group
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"go.etcd.io/raft/v3"
+	pb "go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+)
+
+// stepped is the part of a Group that only the worker touches.
+type stepped struct {
+	rn      *raft.RawNode
+	log     *groupLog
+	conf    *pb.ConfState // in force in raft
+	shown   *pb.ConfState // in the status
+	leading bool
+	lead    uint64
+	term    uint64
+	ready   bool // leading, and an entry of its own term is committed: knows all that was acknowledged
+	dirty   bool
+	gone    bool                     // complained about lost entries
+	asking  map[proposalID]readBatch // barriers not yet confirmed
+	holds   map[uint64]uint64        // snapshots on their way: peer to index, which the log must keep
+	change  *proposal                // of the configuration, handed to raft in this round
+	fill    *filling                 // a snapshot that raft was told of in this round
+	parked  *parked                  // waits for its snapshot to be installed
+	trims   bool                     // a trim of the log is under way
+}
+
+// parked is a Ready with a snapshot: no further Ready is taken until it is
+// installed. Messages and ticks still reach the group.
+type parked struct {
+	rd        raft.Ready
+	fill      *filling
+	installed bool
+}
+
+// worker steps all groups: it takes what came in, asks raft what is to be done,
+// and does it in rounds, each one batch and at most one sync for all groups.
+type worker struct {
+	h      *Host
+	ctx    context.Context // of Run
+	wg     *sync.WaitGroup // for what the worker starts
+	groups []*Group
+	dirty  []*Group
+	ticks  uint64
+	out    map[ids.Node]*outgoing
+	failed []unreachable
+}
+
+// outgoing is the transport message being made for one peer.
+type outgoing struct {
+	buf    []byte
+	groups []*Group
+}
+
+type unreachable struct {
+	g  *Group
+	to ids.Node
+}
+
+// turn is a group's part of a round.
+type turn struct {
+	g  *Group
+	rd raft.Ready
+}
+
+func newWorker(h *Host, ctx context.Context, wg *sync.WaitGroup) *worker {
+	return &worker{h: h, ctx: ctx, wg: wg, out: map[ids.Node]*outgoing{}}
+}
+
+func (w *worker) run(ctx context.Context) error {
+	tick := time.NewTicker(w.h.cfg.Tick)
+	defer tick.Stop()
+	var events []event
+	for {
+		if len(w.dirty) == 0 {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-tick.C:
+				w.tick()
+			case <-w.h.in.wake:
+			}
+		} else {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-tick.C:
+				w.tick()
+			default:
+			}
+		}
+		events = w.h.in.take(events)
+		for i := range events {
+			w.handle(&events[i])
+		}
+		if err := w.round(); err != nil {
+			return err
+		}
+	}
+}
+
+func (w *worker) mark(g *Group) {
+	if !g.dirty {
+		g.dirty = true
+		w.dirty = append(w.dirty, g)
+	}
+}
+
+func (w *worker) tick() {
+	w.ticks++
+	for _, g := range w.groups {
+		g.rn.Tick()
+		w.mark(g)
+		for id, b := range g.asking {
+			if w.ticks-b.tick >= readRetryTicks {
+				delete(g.asking, id)
+				w.ask(g, b.readers)
+			}
+		}
+		if w.ticks%heartbeatTicks == 0 && g.leading {
+			g.showProgress()
+		}
+	}
+}
+
+func (w *worker) handle(e *event) {
+	g := e.g
+	switch e.kind {
+	case evMessage:
+		if w.acceptable(g, e.msg) {
+			// Errors mean that raft does not want the message (now).
+			_ = g.rn.Step(e.msg)
+		}
+	case evPropose:
+		w.propose(g, e.p)
+	case evRead:
+		g.mu.Lock()
+		readers := g.reads
+		g.reads, g.asked = nil, false
+		g.mu.Unlock()
+		w.ask(g, readers)
+	case evOpen:
+		w.groups = append(w.groups, g)
+		w.h.tails.logs = append(w.h.tails.logs, g.log)
+		if c := (conf{g.conf}).voters(); len(c) == 1 && c[0] == w.h.cfg.Self {
+			_ = g.rn.Campaign() // nobody to wait for; the first tick tries again
+		}
+	case evCall:
+		e.fn()
+	case evSnapshot:
+		w.offer(g, e.fill)
+	case evInstalled:
+		g.parked.installed = true
+	}
+	w.mark(g)
+}
+
+// acceptable refuses messages that a sound peer would not send to a sound
+// replica, and appends when too much waits to be applied.
+func (w *worker) acceptable(g *Group, m *pb.Message) bool {
+	beyond := false
+	switch m.GetType() {
+	case pb.MsgApp:
+		return len(m.Entries) == 0 || w.h.backlog.Load() < maxBacklog
+	case pb.MsgHeartbeat:
+		beyond = m.GetCommit() > g.log.last && g.parked == nil
+	case pb.MsgAppResp:
+		beyond = m.GetIndex() > g.log.last || m.GetRejectHint() > g.log.last
+	}
+	if beyond && !g.gone {
+		g.gone = true
+		w.h.log.Error("raft message refused: it speaks of entries that are not here; was a log lost?",
+			"group", uint64(g.id), "type", m.GetType(), "from", ids.Node(m.GetFrom()), "last", g.log.last)
+	}
+	return !beyond
+}
+
+func (w *worker) propose(g *Group, p *proposal) {
+	refuse := func(err error) { g.resolve(p.id, outcome{err: err}) }
+	b := g.rn.BasicStatus()
+	switch {
+	case p.ctx.Err() != nil:
+		refuse(waitErr(p.ctx, "propose to group", g.id, ""))
+		return
+	case b.RaftState != raft.StateLeader:
+		refuse(&NotLeaderError{g.id, ids.Node(b.Lead)})
+		return
+	case b.LeadTransferee != 0:
+		refuse(errs.E(errs.Busy, "propose to group", fmt.Sprint(g.id), "leadership is moving to %v", ids.Node(b.LeadTransferee)))
+		return
+	}
+	var err error
+	if p.change == nil {
+		err = g.rn.Propose(p.data)
+	} else {
+		err = w.proposeChange(g, p)
+	}
+	if err != nil {
+		if err == raft.ErrProposalDropped {
+			err = errs.E(errs.Busy, "propose to group", fmt.Sprint(g.id), "too much is waiting for a majority")
+		}
+		refuse(err)
+		return
+	}
+	p.handed = true
+}
+
+// ask starts a read barrier with a new context for those still waiting.
+func (w *worker) ask(g *Group, readers []*reader) {
+	var left []*reader
+	for _, r := range readers {
+		if r.ctx.Err() == nil {
+			left = append(left, r)
+		}
+	}
+	if len(left) == 0 {
+		return
+	}
+	id := w.h.newID()
+	g.asking[id] = readBatch{readers: left, tick: w.ticks}
+	if g.leading && !g.ready {
+		return // raft checks this itself, but not for a single voter
+	}
+	g.rn.ReadIndex(id[:])
+}
+
+// round does what raft asks for, for all groups that have something.
+func (w *worker) round() error {
+	if len(w.dirty) == 0 {
+		return nil
+	}
+	work := w.dirty
+	w.dirty = nil
+	b := w.h.logDB.NewBatch()
+	defer b.Close()
+	sync := false
+	var turns []turn
+	var parking []*Group
+	for _, g := range work {
+		g.dirty = false
+		if g.parked != nil {
+			if g.parked.installed {
+				t, err := w.unpark(g, b)
+				if err != nil {
+					return err
+				}
+				turns, sync = append(turns, t), true
+			}
+			g.dropFill("a snapshot is being installed")
+			continue
+		}
+		if !g.rn.HasReady() {
+			g.dropFill("not wanted")
+			continue
+		}
+		rd := g.rn.Ready()
+		w.notice(g)
+		if !raft.IsEmptySnap(rd.Snapshot) {
+			if err := w.park(g, rd, b); err != nil {
+				return err
+			}
+			parking, sync = append(parking, g), true
+			continue
+		}
+		g.dropFill("not wanted")
+		if g.leading { // the others may write while this node does
+			w.send(g, rd.Messages, true)
+		}
+		w.match(g, rd.Entries)
+		if err := g.log.write(b, rd.Entries, rd.HardState); err != nil {
+			return dbErr(err, "write log of group", fmt.Sprint(g.id))
+		}
+		sync = sync || rd.MustSync
+		turns = append(turns, turn{g, rd})
+	}
+	w.flush()
+	if err := w.commit(b, sync); err != nil {
+		return err
+	}
+	for _, g := range parking {
+		w.h.apply.push(applyItem{g: g, install: g.parked.fill})
+	}
+	for _, t := range turns {
+		if err := w.finish(t); err != nil {
+			return err
+		}
+	}
+	w.flush()
+	for _, f := range w.failed {
+		f.g.rn.ReportUnreachable(uint64(f.to))
+		w.mark(f.g)
+	}
+	w.failed = w.failed[:0]
+	return nil
+}
+
+func (w *worker) commit(b *pebble.Batch, sync bool) error {
+	if b.Empty() {
+		return nil
+	}
+	o := pebble.NoSync
+	if sync {
+		o = pebble.Sync
+	}
+	return dbErr(b.Commit(o), "write", "raft log")
+}
+
+// finish does what comes after the sync.
+func (w *worker) finish(t turn) error {
+	g, rd := t.g, t.rd
+	g.log.wrote(rd.Entries, rd.HardState)
+	if g.leading {
+		w.send(g, rd.Messages, false)
+	} else {
+		w.sendAll(g, rd.Messages)
+	}
+	item := applyItem{g: g, entries: rd.CommittedEntries}
+	for _, e := range rd.CommittedEntries {
+		item.bytes += int64(proto.Size(e))
+		if e.GetType() == pb.EntryConfChangeV2 {
+			cs, err := w.applyChange(g, e)
+			if err != nil {
+				return err
+			}
+			item.confs = append(item.confs, cs)
+		}
+	}
+	if len(item.entries) > 0 {
+		w.h.backlog.Add(item.bytes)
+		w.h.apply.push(item)
+	}
+	for _, rs := range rd.ReadStates {
+		id := proposalID{}
+		copy(id[:], rs.RequestCtx)
+		if batch, ok := g.asking[id]; ok {
+			delete(g.asking, id)
+			batch.index = rs.Index
+			g.mu.Lock()
+			g.confirmed = append(g.confirmed, batch)
+			g.mu.Unlock()
+			g.releaseReads()
+		}
+	}
+	g.rn.Advance(rd)
+	if err := g.log.readErr; err != nil {
+		return err
+	}
+	w.notice(g)
+	w.trim(g)
+	if g.rn.HasReady() {
+		w.mark(g)
+	}
+	return nil
+}
+
+// notice looks at role, term and leader, and ends what does not outlive them.
+func (w *worker) notice(g *Group) {
+	b := g.rn.BasicStatus()
+	leading := b.RaftState == raft.StateLeader
+	if g.leading && (!leading || b.GetTerm() != g.term) {
+		g.failProposals(errs.E(errs.Timeout, "propose to group", fmt.Sprint(g.id),
+			"this node stopped leading the group; the outcome is unknown"))
+		clear(g.holds)
+	}
+	again := b.Lead != g.lead && b.Lead != 0 // what the old leader was asked is lost
+	if !leading || b.GetTerm() != g.term {
+		g.ready = false
+	}
+	g.leading, g.lead, g.term = leading, b.Lead, b.GetTerm()
+	if leading && !g.ready {
+		t, err := g.log.Term(b.GetCommit())
+		g.ready = err == nil && t == g.term
+		again = again || g.ready
+	}
+	g.publish()
+	if again && len(g.asking) > 0 {
+		var readers []*reader
+		for _, batch := range g.asking {
+			readers = append(readers, batch.readers...)
+		}
+		clear(g.asking)
+		w.ask(g, readers)
+		w.mark(g)
+	}
+}
+
+// match gives proposals of this node their index, and finds a change of the
+// configuration that raft turned into nothing.
+func (w *worker) match(g *Group, ents []*pb.Entry) {
+	if !g.leading {
+		g.change = nil
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, e := range ents {
+		if p := g.props[entryID(e)]; p != nil {
+			p.index = e.GetIndex()
+			g.byIndex[p.index] = p
+		}
+	}
+	if p := g.change; p != nil && p.index == 0 {
+		g.resolveLocked(p.id, outcome{err: errPending(g.id)})
+	}
+	g.change = nil
+}
+
+// entryID returns the id of the proposal that made e, or zeros.
+func entryID(e *pb.Entry) (id proposalID) {
+	switch e.GetType() {
+	case pb.EntryNormal:
+		if len(e.Data) > entryHeader {
+			copy(id[:], e.Data[1:])
+		}
+	case pb.EntryConfChangeV2:
+		cc := &pb.ConfChangeV2{}
+		if proto.Unmarshal(e.Data, cc) == nil && len(cc.Context) == len(id) {
+			copy(id[:], cc.Context)
+		}
+	}
+	return id
+}
+
+// early tells which of a leader's messages promise nothing about its own disk.
+func early(m *pb.Message) bool {
+	return m.GetType() == pb.MsgApp || m.GetType() == pb.MsgHeartbeat
+}
+
+// send passes on a leader's messages, the early ones or the others.
+func (w *worker) send(g *Group, msgs []*pb.Message, now bool) {
+	for _, m := range msgs {
+		if early(m) == now {
+			w.post(g, m)
+		}
+	}
+}
+
+func (w *worker) sendAll(g *Group, msgs []*pb.Message) {
+	for _, m := range msgs {
+		w.post(g, m)
+	}
+}
+
+func (w *worker) post(g *Group, m *pb.Message) {
+	to := ids.Node(m.GetTo())
+	if m.GetType() == pb.MsgSnap {
+		w.startSnapshot(g, m)
+		return
+	}
+	o := w.out[to]
+	if o == nil {
+		o = &outgoing{}
+		w.out[to] = o
+	}
+	if len(o.buf) > 0 && len(o.buf)+proto.Size(m) > frameTarget {
+		w.deliver(to, o)
+	}
+	b, err := appendMessage(o.buf, g.id, m)
+	if err != nil { // our own message does not encode
+		panic(err)
+	}
+	o.buf = b
+	if n := len(o.groups); n == 0 || o.groups[n-1] != g {
+		o.groups = append(o.groups, g)
+	}
+}
+
+func (w *worker) flush() {
+	for to, o := range w.out {
+		if len(o.buf) > 0 {
+			w.deliver(to, o)
+		}
+	}
+}
+
+func (w *worker) deliver(to ids.Node, o *outgoing) {
+	if err := w.h.cfg.Transport.Send(to, o.buf); err != nil {
+		for _, g := range o.groups {
+			w.failed = append(w.failed, unreachable{g, to})
+		}
+	}
+	clear(o.groups)
+	o.buf, o.groups = nil, o.groups[:0]
+}
+
+// Receive takes a transport message from another node's host. Errors: Corrupt
+// for what no host sends (nothing of it is used), Busy when it is dropped.
+// msg is the host's from now on.
+func (h *Host) Receive(from ids.Node, msg []byte) error {
+	ms, err := decodeMessages(from, h.cfg.Self, msg)
+	if err != nil {
+		return err
+	}
+	dropped := 0
+	for _, m := range ms {
+		g := h.Group(m.g)
+		if g == nil { // not here, or not open yet
+			continue
+		}
+		if !h.in.push(event{kind: evMessage, g: g, msg: m.m, size: m.size}) {
+			dropped++
+		}
+	}
+	if dropped > 0 {
+		return errs.E(errs.Busy, "take raft messages", "from "+from.String(), "%d dropped", dropped)
+	}
+	return nil
+}

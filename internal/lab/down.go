@@ -1,0 +1,312 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/unum-os/unum/internal/errs"
+)
+
+// Kill takes the power from nodes, all at the same moment as nearly as can be:
+// first their disks keep only what was synced, then everything on them dies. A
+// node without power stays so.
+func (l *Lab) Kill(ctx context.Context, nodes ...string) error {
+	return l.change(ctx, func(s *state) error {
+		var hit []*nodeState
+		for _, name := range nodes {
+			n, err := s.node(name)
+			if err != nil {
+				return err
+			}
+			hit = append(hit, n)
+		}
+		return s.powerLoss(hit)
+	})
+}
+
+// PowerLossAll takes the power from every node at once.
+func (l *Lab) PowerLossAll(ctx context.Context) error {
+	return l.change(ctx, func(s *state) error { return s.powerLoss(s.Nodes) })
+}
+
+func (s *state) powerLoss(nodes []*nodeState) error {
+	var on []*nodeState
+	for _, n := range nodes {
+		if n.On && n.Proc.alive() {
+			on = append(on, n)
+		}
+		n.On = false
+	}
+	if err := s.save(); err != nil {
+		return err
+	}
+	each := func(f func(n *nodeState) error) error {
+		var wg sync.WaitGroup
+		failed := make([]error, len(on))
+		for i, n := range on {
+			wg.Go(func() { failed[i] = f(n) })
+		}
+		wg.Wait()
+		return errors.Join(failed...)
+	}
+	if err := each(s.cutDiskPower); err != nil {
+		return err
+	}
+	return each(func(n *nodeState) error {
+		dirs, err := cgroupDirs(s.Name, n.Name)
+		if err != nil {
+			return err
+		}
+		devs, err := loopsBelow(filepath.Join(s.Dir, n.Name))
+		if err != nil {
+			return errs.Wrap(err, "lab kill", n.Name)
+		}
+		_ = unix.Kill(n.Proc.Pid, unix.SIGKILL) // pid 1: the kernel kills all the others with it
+		if err := killCgroups(dirs); err != nil {
+			return err
+		}
+		if err := waitGone(n.Proc); err != nil {
+			return err
+		}
+		if err := waitLoops(filepath.Join(s.Dir, n.Name)); err != nil {
+			return err
+		}
+		dropLoops(devs, s.Loops)
+		return nil
+	})
+}
+
+func waitGone(p procID) error {
+	deadline := time.Now().Add(goneTimeout)
+	for p.alive() {
+		if time.Now().After(deadline) {
+			return errs.E(errs.Timeout, "lab: kill", strconv.Itoa(p.Pid), "the process does not die")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return nil
+}
+
+// Pause stops node as SIGSTOP does: only its daemon's process, or everything on
+// it. Its network stays plugged in and its kernel answers pings.
+func (l *Lab) Pause(ctx context.Context, node string, daemonOnly bool) error {
+	return l.stopCont(ctx, node, daemonOnly, unix.SIGSTOP)
+}
+
+// Cont lets a paused node or daemon go on.
+func (l *Lab) Cont(ctx context.Context, node string, daemonOnly bool) error {
+	return l.stopCont(ctx, node, daemonOnly, unix.SIGCONT)
+}
+
+func (l *Lab) stopCont(ctx context.Context, node string, daemonOnly bool, sig unix.Signal) error {
+	if daemonOnly {
+		return l.SignalDaemon(ctx, node, sig)
+	}
+	return l.change(ctx, func(s *state) error {
+		n, err := s.node(node)
+		if err != nil {
+			return err
+		}
+		if !n.On || !n.Proc.alive() {
+			return l.lost("lab", node, nil)
+		}
+		dirs, err := cgroupDirs(s.Name, n.Name)
+		if err != nil {
+			return err
+		}
+		// Until a round finds nobody new: who forks is faster than who lists.
+		done := map[int]bool{n.Proc.Pid: true} // init cannot be asked anything when stopped, and does nothing by itself
+		for again := true; again; {
+			again = false
+			for _, pid := range cgroupPids(dirs) {
+				if !done[pid] {
+					done[pid], again = true, true
+					if err := unix.Kill(pid, sig); err != nil && err != unix.ESRCH {
+						return errs.Wrap(err, "lab: signal", node)
+					}
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// SignalDaemon sends sig to the process of node's daemon.
+func (l *Lab) SignalDaemon(ctx context.Context, node string, sig unix.Signal) error {
+	_, err := l.ask(ctx, node, request{Op: "signal", Sig: int(sig)}, nil)
+	return err
+}
+
+// Down removes the lab called name and everything it made, also when it is half
+// made or its maker was killed. If there is no such lab the error is of class
+// NotFound and nothing was done.
+func Down(ctx context.Context, name string) error {
+	l, err := Open(name, Hooks{})
+	if err != nil {
+		return err
+	}
+	return l.Down(ctx)
+}
+
+// Down removes the lab and everything it made.
+func (l *Lab) Down(ctx context.Context) error {
+	unlock, err := lockDir(ctx, runDir(l.name))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s, err := readState(l.dir)
+	if err != nil && !errs.Has(err, errs.NotFound) && !errs.Has(err, errs.Corrupt) {
+		return err
+	}
+	return l.remove(s)
+}
+
+// remove takes everything away. s is nil when the maker did not come as far as a
+// state. The lab's lock is held; it vanishes with its directory. It is not
+// bound to a context: a half removed lab helps nobody, and every wait is bounded.
+func (l *Lab) remove(s *state) error {
+	dirs, err := cgroupDirs(l.name, "")
+	if err != nil {
+		return err
+	}
+	devs, err := loopsBelow(l.dir)
+	if err != nil {
+		return errs.Wrap(err, "lab down", l.name)
+	}
+	// 1. Processes: with them go mounts, loop devices, interfaces and the bridge.
+	if err := killStrays(l.name); err != nil {
+		return err
+	}
+	if err := killCgroups(dirs); err != nil {
+		return err
+	}
+	if s != nil {
+		for _, p := range append([]procID{s.Switch}, procsOf(s)...) {
+			if err := waitGone(p); err != nil {
+				return err
+			}
+		}
+	}
+	if err := waitLoops(l.dir); err != nil {
+		return err
+	}
+	if s != nil {
+		dropLoops(devs, s.Loops)
+	}
+	// 2. Cgroups.
+	if err := removeCgroups(dirs); err != nil {
+		return err
+	}
+	// 3. Files. The pointer goes last: until then a down can be said again.
+	if err := removeFiles(l.dir); err != nil {
+		return err
+	}
+	p, err := readPointer(l.name)
+	if err != nil {
+		return err
+	}
+	for i := len(p.MadeDir) - 1; i >= 0; i-- {
+		if !isEmpty(p.MadeDir[i]) {
+			break
+		}
+		if err := os.Remove(p.MadeDir[i]); err != nil && !os.IsNotExist(err) {
+			return errs.Wrap(err, "lab down", p.MadeDir[i])
+		}
+	}
+	if isEmpty(defaultBase) {
+		_ = os.Remove(defaultBase) // another lab may just begin there
+	}
+	if err := dropShared(context.Background(), l.name); err != nil {
+		return err
+	}
+	for _, f := range []string{pointerPath(l.name), pointerPath(l.name) + ".new"} {
+		if err := os.Remove(f); err != nil && !os.IsNotExist(err) {
+			return errs.Wrap(err, "lab down", f)
+		}
+	}
+	if err := os.RemoveAll(runDir(l.name)); err != nil {
+		return errs.Wrap(err, "lab down", l.name)
+	}
+	_ = os.Remove(runBase) // other labs may be in it
+	return nil
+}
+
+func procsOf(s *state) []procID {
+	var ps []procID
+	for _, n := range s.Nodes {
+		ps = append(ps, n.Proc)
+	}
+	return ps
+}
+
+func isEmpty(dir string) bool {
+	ents, err := os.ReadDir(dir)
+	return err == nil && len(ents) == 0
+}
+
+// killStrays kills inits of the lab that are in none of its cgroups: there may
+// be machines without any.
+func killStrays(name string) error {
+	ents, err := os.ReadDir("/proc")
+	if err != nil {
+		return errs.Wrap(err, "lab down", name)
+	}
+	for _, e := range ents {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
+		if err != nil {
+			continue
+		}
+		if a := strings.Split(string(b), "\x00"); len(a) > 4 && a[0] == "unum-lab" && a[1] == "lab" && a[2] == "__init" && a[3] == name {
+			id, err := identify(pid)
+			if err != nil {
+				continue
+			}
+			_ = unix.Kill(pid, unix.SIGKILL)
+			if err := waitGone(id); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+var nodeDirRE = regexp.MustCompile(`^n[0-9]+$`)
+
+// removeFiles removes from the lab's directory what labs put there, and nothing else.
+func removeFiles(dir string) error {
+	ents, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return errs.Wrap(err, "lab down", dir)
+	}
+	for _, e := range ents {
+		switch n := e.Name(); {
+		case n == "state.json" || n == "state.json.new":
+			continue // last: it says what else there is
+		case n == "hosts" || n == "logs" || e.IsDir() && nodeDirRE.MatchString(n):
+			if err := os.RemoveAll(filepath.Join(dir, n)); err != nil {
+				return errs.Wrap(err, "lab down", dir)
+			}
+		}
+	}
+	for _, n := range []string{"state.json.new", "state.json"} {
+		if err := os.Remove(filepath.Join(dir, n)); err != nil && !os.IsNotExist(err) {
+			return errs.Wrap(err, "lab down", dir)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,319 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/unum-os/unum/internal/errs"
+)
+
+// Up makes a lab and returns when every node is healthy. If it fails or ctx ends
+// it removes what it made (unless cfg.Keep), and the error says why.
+func Up(ctx context.Context, cfg Config) (*Lab, error) {
+	if err := cfg.fill(); err != nil {
+		return nil, err
+	}
+	if err := preflight(); err != nil {
+		return nil, err
+	}
+	exists := func() error {
+		return errs.E(errs.Exists, "lab up", cfg.Name, "there is a lab of this name, whole or half made").
+			WithRemedy("unum lab down --name %s, or choose another --name", cfg.Name)
+	}
+	if _, err := readPointer(cfg.Name); err == nil {
+		return nil, exists()
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, cfg.Timeout,
+		errs.E(errs.Timeout, "lab up", cfg.Name, "not healthy after %v", cfg.Timeout))
+	defer cancel()
+	unlock, err := lockDir(ctx, runDir(cfg.Name))
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if _, err := os.Stat(pointerPath(cfg.Name)); err == nil {
+		return nil, exists()
+	}
+	l := &Lab{name: cfg.Name, dir: cfg.Dir, hooks: cfg.Hooks}
+	if ents, err := os.ReadDir(cfg.Dir); err == nil && len(ents) > 0 {
+		_ = unix.Rmdir(runDir(cfg.Name)) // made by the lock
+		return nil, errs.E(errs.NotEmpty, "lab up", cfg.Dir, "the directory has something in it already")
+	}
+	s, err := l.build(ctx, &cfg)
+	if err == nil {
+		return l, nil
+	}
+	if cause := context.Cause(ctx); cause != nil && ctx.Err() != nil && !errs.Has(err, errs.Timeout) {
+		if errs.ClassOf(cause) == errs.Unknown {
+			cause = errs.E(errs.Interrupted, "lab up", cfg.Name, "%w", cause)
+		}
+		err = fmt.Errorf("%w\n%v", cause, err)
+	}
+	if cfg.Keep {
+		return nil, err
+	}
+	if derr := l.remove(s); derr != nil {
+		err = fmt.Errorf("%w\nand cleaning up failed: %v", err, derr)
+	}
+	return nil, err
+}
+
+// build makes everything. The state it returns, also with an error, may be nil.
+func (l *Lab) build(ctx context.Context, cfg *Config) (*state, error) {
+	began := time.Now()
+	var line sync.Mutex // nodes join at the same time
+	say := func(format string, args ...any) {
+		line.Lock()
+		defer line.Unlock()
+		fmt.Fprintf(cfg.Progress, "%5.2fs  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
+	}
+	ptr := pointer{Dir: cfg.Dir}
+	if err := writeJSON(pointerPath(cfg.Name), ptr); err != nil {
+		return nil, err
+	}
+	err := mkdirs(cfg.Dir, func(made []string) error {
+		ptr.MadeDir = made
+		return writeJSON(pointerPath(cfg.Name), ptr)
+	})
+	if err != nil {
+		return nil, err
+	}
+	subnet, err := freeSubnet(cfg.Name)
+	if err != nil {
+		return nil, err
+	}
+	self, err := identify(os.Getpid())
+	if err != nil {
+		return nil, errs.Wrap(err, "lab up", cfg.Name)
+	}
+	s := &state{
+		Version: stateVersion, Name: cfg.Name, Dir: cfg.Dir, Creator: self,
+		DataDir: cfg.DataDir, Mount: cfg.Mount, DiskSize: cfg.DiskSize, Subnet: subnet, Loops: loopDevices(),
+	}
+	hosts := "127.0.0.1 localhost\n::1 localhost\n"
+	for k := 1; k <= cfg.Nodes; k++ {
+		n := &nodeState{Name: fmt.Sprintf("n%d", k), Index: k, Addr: s.addr(k)}
+		s.Nodes = append(s.Nodes, n)
+		hosts += fmt.Sprintf("%s %s\n", n.Addr, n.Name)
+	}
+	if err := s.save(); err != nil {
+		return s, err
+	}
+	if err := os.Mkdir(filepath.Join(s.Dir, "logs"), 0o755); err != nil {
+		return s, errs.Wrap(err, "lab up", s.Dir)
+	}
+	if err := os.WriteFile(filepath.Join(s.Dir, "hosts"), []byte(hosts), 0o644); err != nil {
+		return s, errs.Wrap(err, "lab up", s.Dir)
+	}
+	for _, p := range []string{s.DataDir, s.Mount} {
+		if err := makeShared(ctx, p); err != nil {
+			return s, err
+		}
+	}
+
+	// Disks are made while namespaces and cables are.
+	disks := make([]error, len(s.Nodes))
+	var wg sync.WaitGroup
+	for i, n := range s.Nodes {
+		wg.Go(func() { disks[i] = s.makeDisk(ctx, n.Name) })
+	}
+	wait := func() error {
+		wg.Wait()
+		for _, err := range disks {
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	defer wg.Wait()
+	if err := s.startSwitch(ctx); err != nil {
+		return s, err
+	}
+	if err := s.boot(ctx, s.Nodes, wait); err != nil {
+		return s, err
+	}
+	say("%d nodes have power: network %s, disks of %d MiB", len(s.Nodes), s.Subnet, s.DiskSize>>20)
+
+	first := s.info(s.Nodes[0], true, "")
+	if err := l.startDaemon(ctx, first); err != nil {
+		return s, err
+	}
+	if err := l.waitHealthy(ctx, first); err != nil {
+		return s, err
+	}
+	say("n1 is healthy")
+	if len(s.Nodes) > 1 {
+		token := ""
+		if cfg.Token != nil {
+			if token, err = cfg.Token(ctx, l); err != nil {
+				return s, errs.Wrap(err, "lab up: token from", "n1")
+			}
+		}
+		failed := make([]error, len(s.Nodes))
+		var joins sync.WaitGroup
+		for i, n := range s.Nodes[1:] {
+			joins.Go(func() {
+				info := s.info(n, true, token)
+				if failed[i] = l.startDaemon(ctx, info); failed[i] == nil {
+					failed[i] = l.waitHealthy(ctx, info)
+				}
+				if failed[i] == nil {
+					say("%s is healthy", n.Name)
+				}
+			})
+		}
+		joins.Wait()
+		for _, err := range failed {
+			if err != nil {
+				return s, err
+			}
+		}
+	}
+	s.Complete = true
+	return s, s.save()
+}
+
+// startDaemon starts the node's daemon; its output goes to the node's log.
+func (l *Lab) startDaemon(ctx context.Context, n Node) error {
+	log, err := os.OpenFile(l.LogPath(n.Name), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o644)
+	if err != nil {
+		return errs.Wrap(err, "lab: start", n.Name)
+	}
+	defer log.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return errs.Wrap(err, "lab: start", n.Name)
+	}
+	defer null.Close()
+	out := int(log.Fd())
+	_, err = l.ask(ctx, n.Name, request{Op: "daemon", Argv: l.hooks.Daemon(n), Env: os.Environ(), Dir: "/"}, []int{int(null.Fd()), out, out})
+	return err
+}
+
+// waitHealthy asks until the node is healthy, its daemon has ended, or ctx has.
+func (l *Lab) waitHealthy(ctx context.Context, n Node) error {
+	tick := time.NewTicker(healthPoll)
+	defer tick.Stop()
+	var last error
+	for {
+		a, err := l.ask(ctx, n.Name, request{Op: "status"}, nil)
+		if ctx.Err() == nil {
+			if err != nil {
+				return err
+			}
+			if !a.Daemon.Running {
+				return errs.E(errs.Unavailable, "lab: start", n.Name, "the daemon ended with code %d; the end of its log:\n%s", a.Daemon.Exit, l.logTail(n.Name))
+			}
+			if l.hooks.Healthy == nil {
+				return nil
+			}
+			one, cancel := context.WithTimeout(ctx, 5*time.Second)
+			err = l.hooks.Healthy(one, l, n)
+			cancel()
+			if err == nil {
+				return nil
+			}
+			if ctx.Err() == nil {
+				last = err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			c := errs.Interrupted
+			if ctx.Err() == context.DeadlineExceeded {
+				c = errs.Timeout
+			}
+			if last == nil {
+				last = ctx.Err()
+			}
+			return errs.E(c, "lab: start", n.Name, "not healthy yet: %v; the end of its log:\n%s", last, l.logTail(n.Name))
+		case <-tick.C:
+		}
+	}
+}
+
+// logTail returns the last lines of node's log, for people.
+func (l *Lab) logTail(node string) string {
+	b, err := os.ReadFile(l.LogPath(node))
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
+	return "    " + strings.Join(lines[max(0, len(lines)-15):], "\n    ")
+}
+
+// Start powers nodes on, with the disks they had, and starts their daemons; in a
+// node that has power but whose daemon ended, the daemon alone. It then waits
+// until they are healthy, unless they cannot be: with a cut in force, or without
+// power on most nodes of the lab.
+func (l *Lab) Start(ctx context.Context, nodes ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, defaultTimeout)
+	defer cancel()
+	var infos []Node
+	expect := false
+	err := l.change(ctx, func(s *state) error {
+		if !s.Complete {
+			return errs.E(errs.Stale, "lab start", s.Name, "the lab is half made").WithRemedy("unum lab down --name %s", s.Name)
+		}
+		var off []*nodeState
+		for _, name := range nodes {
+			n, err := s.node(name)
+			if err != nil {
+				return err
+			}
+			infos = append(infos, s.info(n, false, ""))
+			if (!n.On || !n.Proc.alive()) && !slices.Contains(off, n) {
+				off = append(off, n)
+			}
+		}
+		for _, n := range off {
+			// A node that died by itself may still be going.
+			dirs, err := cgroupDirs(s.Name, n.Name)
+			if err != nil {
+				return err
+			}
+			if err := killCgroups(dirs); err != nil {
+				return err
+			}
+			if err := waitLoops(filepath.Join(s.Dir, n.Name)); err != nil {
+				return err
+			}
+		}
+		if len(off) > 0 {
+			if err := s.boot(ctx, off, nil); err != nil {
+				return err
+			}
+		}
+		for _, n := range infos {
+			a, err := l.ask(ctx, n.Name, request{Op: "status"}, nil)
+			if err != nil {
+				return err
+			}
+			if !a.Daemon.Running {
+				if err := l.startDaemon(ctx, n); err != nil {
+					return err
+				}
+			}
+		}
+		expect = len(s.Cuts) == 0 && 2*len(s.powered()) > len(s.Nodes)
+		return nil
+	})
+	if err != nil || !expect {
+		return err
+	}
+	for _, n := range infos {
+		if err := l.waitHealthy(ctx, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,155 @@
+package node
+
+import (
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+)
+
+// DefaultPort is where nodes listen for each other.
+const DefaultPort = 7400
+
+// Config is what a node is started with.
+type Config struct {
+	Dir      string  // the node's data: identity, metadata groups, blocks, job output
+	Mount    string  // where the tree appears, /unum
+	Socket   string  // the daemon's control socket
+	Addr     string  // host:port that other nodes reach; empty: found out
+	Hostname string  // shown to people
+	Share    float64 // part of a machine shared with other nodes (a lab); 0: all of it
+	Exe      string  // the light binary, whose shim starts jobs
+	Log      *slog.Logger
+}
+
+// disk is what a node remembers of itself; it is written last when a node is
+// made, so that it exists only if everything else does.
+type disk struct {
+	Version  int               `json:"version"`
+	Cluster  string            `json:"cluster"`
+	Node     ids.Node          `json:"node"`
+	Addr     string            `json:"addr"`
+	Founding bool              `json:"founding,omitempty"` // the record has yet to be written
+	Peers    map[string]string `json:"peers,omitempty"`    // node -> address, as last known
+}
+
+const diskVersion = 1
+
+func (c *Config) path(parts ...string) string {
+	return filepath.Join(append([]string{c.Dir}, parts...)...)
+}
+
+// The files of a node's identity.
+const (
+	fileNode   = "node.json"
+	fileCA     = "identity/ca.pem"
+	fileCAKey  = "identity/ca.key" // on the founding node, until the record holds it
+	fileCert   = "identity/node.pem"
+	fileKey    = "identity/node.key"
+	fileCSR    = "identity/node.csr"
+	fileVolume = "identity/volume.key"
+)
+
+// Exists reports whether dir holds a node.
+func Exists(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, fileNode))
+	return err == nil
+}
+
+func (c *Config) loadDisk() (disk, error) {
+	var d disk
+	b, err := identity.Load(c.path(fileNode))
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return d, errs.E(errs.NotFound, "start", c.Dir, "there is no node here").WithRemedy("unum up, or unum join ADDR TOKEN")
+		}
+		return d, errs.Wrap(err, "start", c.Dir)
+	}
+	if err := json.Unmarshal(b, &d); err != nil {
+		return d, errs.E(errs.Corrupt, "start", c.path(fileNode), "%v", err)
+	}
+	if d.Version != diskVersion {
+		return d, errs.E(errs.NotSupported, "start", c.path(fileNode), "written by another version of unum: format %d, this one reads %d", d.Version, diskVersion)
+	}
+	if d.Node == 0 || d.Cluster == "" {
+		return d, errs.E(errs.Corrupt, "start", c.path(fileNode), "it names no node")
+	}
+	return d, nil
+}
+
+func (c *Config) saveDisk(d disk) error {
+	d.Version = diskVersion
+	b, err := json.MarshalIndent(d, "", "  ")
+	if err != nil {
+		return err
+	}
+	return identity.Save(c.path(fileNode), append(b, '\n'))
+}
+
+// prepare makes the data directory and removes what an unfinished attempt to
+// make a node left in it.
+func (c *Config) prepare() error {
+	if err := os.MkdirAll(c.path("identity"), 0o700); err != nil {
+		return errs.Wrap(err, "make the data directory", c.Dir)
+	}
+	if err := os.Chmod(c.Dir, 0o711); err != nil { // programs reach their job's output below
+		return errs.Wrap(err, "make the data directory", c.Dir)
+	}
+	for _, sub := range []string{"groups", "blocks"} {
+		if err := os.RemoveAll(c.path(sub)); err != nil {
+			return errs.Wrap(err, "clear an unfinished node", c.path(sub))
+		}
+	}
+	return nil
+}
+
+// address completes an address: the host by which to is reached, and the port.
+func address(addr, to string) (string, error) {
+	if addr != "" {
+		host, port, err := net.SplitHostPort(addr)
+		if err != nil {
+			host, port = addr, strconv.Itoa(DefaultPort)
+		}
+		if n, err := strconv.Atoi(port); host == "" || err != nil || n <= 0 || n > 65535 {
+			return "", errs.E(errs.Invalid, "address", addr, "want host:port")
+		}
+		return net.JoinHostPort(host, port), nil
+	}
+	port := strconv.Itoa(DefaultPort)
+	if to != "" { // by the way to the other node; nothing is sent
+		if c, err := net.Dial("udp", to); err == nil {
+			defer c.Close()
+			host, _, err := net.SplitHostPort(c.LocalAddr().String())
+			if err == nil {
+				return net.JoinHostPort(host, port), nil
+			}
+		}
+	}
+	as, err := net.InterfaceAddrs()
+	if err != nil {
+		return "", errs.Wrap(err, "find this machine's address", "")
+	}
+	for _, a := range as {
+		if ip, ok := a.(*net.IPNet); ok && ip.IP.IsGlobalUnicast() && ip.IP.To4() != nil {
+			return net.JoinHostPort(ip.IP.String(), port), nil
+		}
+	}
+	return net.JoinHostPort("127.0.0.1", port), nil
+}
+
+// listenAddr is where to listen for an advertised address: on that port of all
+// interfaces.
+func listenAddr(addr string) string {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return addr
+	}
+	return ":" + port
+}

@@ -1,0 +1,235 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"os"
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/group"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/rpc"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// Found makes this machine the first node of a new cluster. Until it returns nil
+// there is no node in cfg.Dir, and it can be called again.
+func Found(cfg Config) error {
+	if Exists(cfg.Dir) {
+		return errs.E(errs.Exists, "found a cluster", cfg.Dir, "there is a node already")
+	}
+	addr, err := address(cfg.Addr, "")
+	if err != nil {
+		return err
+	}
+	if err := cfg.prepare(); err != nil {
+		return err
+	}
+	var id [16]byte
+	var key [32]byte
+	rand.Read(id[:])
+	rand.Read(key[:])
+	cluster := hex.EncodeToString(id[:])
+	ca, err := identity.NewCA(cluster)
+	if err != nil {
+		return err
+	}
+	nodeKey, csr, err := identity.NewRequest()
+	if err != nil {
+		return err
+	}
+	cert, err := ca.Sign(csr, 1, identity.RoleStore, time.Now())
+	if err != nil {
+		return err
+	}
+	for _, f := range []struct {
+		name string
+		data []byte
+	}{{fileCA, ca.CertPEM()}, {fileCAKey, ca.KeyPEM()}, {fileKey, nodeKey}, {fileCSR, csr}, {fileCert, cert}, {fileVolume, key[:]}} {
+		if err := identity.Save(cfg.path(f.name), f.data); err != nil {
+			return err
+		}
+	}
+	host, err := group.New(group.Config{Self: 1, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
+	if err != nil {
+		return err
+	}
+	for _, g := range []ids.Group{ids.RecordGroup, ids.RootGroup} {
+		if err := host.Bootstrap(g, []ids.Node{1}); err != nil {
+			host.Close()
+			return err
+		}
+	}
+	if err := host.Close(); err != nil {
+		return err
+	}
+	return cfg.saveDisk(disk{Cluster: cluster, Node: 1, Addr: addr, Founding: true})
+}
+
+// joinRequest is what a machine that wants to become a node says.
+type joinRequest struct {
+	Secret   [16]byte `cbor:"1,keyasint"`
+	CSR      []byte   `cbor:"2,keyasint"`
+	Hostname string   `cbor:"3,keyasint"`
+	Addr     string   `cbor:"4,keyasint"`
+}
+
+// joinReply makes it one.
+type joinReply struct {
+	Node      ids.Node            `cbor:"1,keyasint"`
+	Cert      []byte              `cbor:"2,keyasint"`
+	VolumeKey [32]byte            `cbor:"3,keyasint"`
+	Peers     map[ids.Node]string `cbor:"4,keyasint"`
+}
+
+// Join makes this machine a node of the cluster whose node listens at addr. It
+// can be repeated until it returns nil; a token is used up once.
+func Join(ctx context.Context, cfg Config, addr, token string) error {
+	if Exists(cfg.Dir) {
+		return errs.E(errs.Exists, "join", cfg.Dir, "there is a node already").WithRemedy("unum up, or remove the directory first")
+	}
+	tok, err := identity.ParseToken(token)
+	if err != nil {
+		return err
+	}
+	to, err := address(addr, "")
+	if err != nil {
+		return err
+	}
+	self, err := address(cfg.Addr, to)
+	if err != nil {
+		return err
+	}
+	if err := cfg.prepare(); err != nil {
+		return err
+	}
+	// The key is kept before the token is spent: asked again with the same key,
+	// the cluster gives the same node.
+	key, kerr := identity.Load(cfg.path(fileKey))
+	csr, cerr := identity.Load(cfg.path(fileCSR))
+	if kerr != nil || cerr != nil {
+		if key, csr, err = identity.NewRequest(); err != nil {
+			return err
+		}
+		if err := identity.Save(cfg.path(fileKey), key); err != nil {
+			return err
+		}
+		if err := identity.Save(cfg.path(fileCSR), csr); err != nil {
+			return err
+		}
+	}
+	q := joinRequest{Secret: tok.Secret, CSR: csr, Hostname: cfg.Hostname, Addr: self}
+	b, trust, err := rpc.Join(ctx, to, tok.Authority, wire.MustMarshal(q))
+	if err != nil {
+		return err
+	}
+	var r joinReply
+	if err := wire.Unmarshal(b, &r); err != nil {
+		return err
+	}
+	if _, err := identity.NewHolder(trust, r.Cert, key); err != nil {
+		return errs.Wrap(err, "join", addr)
+	}
+	for _, f := range []struct {
+		name string
+		data []byte
+	}{{fileCA, trust.CertPEM()}, {fileCert, r.Cert}, {fileVolume, r.VolumeKey[:]}} {
+		if err := identity.Save(cfg.path(f.name), f.data); err != nil {
+			return err
+		}
+	}
+	host, err := group.New(group.Config{Self: r.Node, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
+	if err != nil {
+		return err
+	}
+	for _, g := range []ids.Group{ids.RecordGroup, ids.RootGroup} {
+		if err := host.Join(g); err != nil {
+			host.Close()
+			return err
+		}
+	}
+	if err := host.Close(); err != nil {
+		return err
+	}
+	d := disk{Cluster: trust.Cluster(), Node: r.Node, Addr: self, Peers: map[string]string{}}
+	for n, a := range r.Peers {
+		d.Peers[n.String()] = a
+	}
+	return cfg.saveDisk(d)
+}
+
+// finishFounding writes the cluster's record, once this node leads its group.
+func (n *Node) finishFounding(ctx context.Context) error {
+	caKey, err := identity.Load(n.cfg.path(fileCAKey))
+	if err != nil {
+		return err
+	}
+	csr, err := identity.Load(n.cfg.path(fileCSR))
+	if err != nil {
+		return err
+	}
+	pub, err := identity.RequestKey(csr)
+	if err != nil {
+		return err
+	}
+	id, err := hex.DecodeString(n.disk.Cluster)
+	if err != nil || len(id) != 16 {
+		return errs.E(errs.Corrupt, "found", n.cfg.path(fileNode), "cluster id %q", n.disk.Cluster)
+	}
+	init := record.Init{Name: "unum", CACert: n.holder.Trust().CertPEM(), CAKey: caKey, VolumeKey: n.volumeKey,
+		Hostname: n.cfg.Hostname, Addr: n.disk.Addr, Key: sha256.Sum256(pub), Now: time.Now().UnixNano()}
+	copy(init.ClusterID[:], id)
+	if _, err := n.record.do(ctx, record.Command{Init: &init}); err != nil && !errs.Has(err, errs.Exists) {
+		return err
+	}
+	n.disk.Founding = false
+	if err := n.cfg.saveDisk(n.disk); err != nil {
+		return err
+	}
+	return os.Remove(n.cfg.path(fileCAKey))
+}
+
+// serveJoin gives a machine with a good token a node id and a certificate.
+func (n *Node) serveJoin(ctx context.Context, req []byte) ([]byte, error) {
+	var q joinRequest
+	if err := wire.Unmarshal(req, &q); err != nil {
+		return nil, err
+	}
+	pub, err := identity.RequestKey(q.CSR)
+	if err != nil {
+		return nil, err
+	}
+	info, err := n.record.info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ca, err := identity.ParseCA(info.CACert, info.CAKey)
+	if err != nil {
+		return nil, err
+	}
+	r, err := n.record.do(ctx, record.Command{AddMember: &record.AddMember{Token: identity.SecretID(q.Secret), Key: sha256.Sum256(pub),
+		Hostname: q.Hostname, Addr: q.Addr, Now: time.Now().UnixNano()}})
+	if err != nil {
+		return nil, err
+	}
+	cert, err := ca.Sign(q.CSR, r.Node, identity.RoleStore, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	ms, err := n.record.view().Members()
+	if err != nil {
+		return nil, err
+	}
+	reply := joinReply{Node: r.Node, Cert: cert, VolumeKey: info.VolumeKey, Peers: map[ids.Node]string{}}
+	for _, m := range ms {
+		if m.ID != r.Node && m.State != record.Left && m.State != record.Removed {
+			reply.Peers[m.ID] = m.Addr
+		}
+	}
+	return wire.Marshal(reply)
+}

@@ -1,0 +1,526 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/unum-os/unum/internal/block"
+	"github.com/unum-os/unum/internal/clock"
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/fusefs"
+	"github.com/unum-os/unum/internal/group"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/load"
+	"github.com/unum-os/unum/internal/member"
+	"github.com/unum-os/unum/internal/proc"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/rpc"
+	"github.com/unum-os/unum/internal/sched"
+	"github.com/unum-os/unum/internal/segment"
+	"github.com/unum-os/unum/internal/venus"
+	"github.com/unum-os/unum/internal/vice"
+	"github.com/unum-os/unum/internal/volume"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// Kinds of gossip words.
+const wordLoad = 'l' // sched.Load of the sender
+
+// The service and method of raft traffic.
+const (
+	castRaft   = "raft"
+	streamSnap = group.Service
+)
+
+// Node is one running node.
+type Node struct {
+	cfg       Config
+	id        ids.Node
+	disk      disk
+	holder    *identity.Holder
+	volumeKey [32]byte
+
+	ep      *rpc.Endpoint
+	host    *group.Host
+	rec     *group.Group
+	root    *group.Group
+	record  *recordClient
+	jobs    *registry
+	members *member.Members
+	segs    *segment.Store
+	blocks  *block.Client
+	vice    *vice.Server
+	venus   *venus.Client
+	mount   *fusefs.Mount
+	manager *proc.Manager
+	home    *proc.Home
+	ctl     *control.Server
+	meter   *load.Meter
+	loads   *load.Table
+
+	known   atomic.Pointer[map[ids.Node]record.Member] // the record's members
+	turn    atomic.Uint64
+	mounted atomic.Bool
+	began   time.Time
+}
+
+// noTransport is for a host that is not run.
+type noTransport struct{}
+
+func (noTransport) Send(ids.Node, []byte) error { return errs.Unavailable.Err() }
+func (noTransport) Dial(context.Context, ids.Node, string) (net.Conn, error) {
+	return nil, errs.Unavailable.Err()
+}
+
+// transport carries the groups' messages over the endpoint.
+type transport struct{ ep *rpc.Endpoint }
+
+func (t transport) Send(to ids.Node, msg []byte) error {
+	return t.ep.Cast(to, castRaft, struct{}{}, msg)
+}
+
+func (t transport) Dial(ctx context.Context, to ids.Node, service string) (net.Conn, error) {
+	return t.ep.Dial(ctx, to, service)
+}
+
+// Open reads the node in cfg.Dir and makes its parts; Run starts them. Errors
+// are sentences for whoever typed the command.
+func Open(cfg Config) (n *Node, err error) {
+	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now()}
+	n.known.Store(&map[ids.Node]record.Member{})
+	if n.disk, err = cfg.loadDisk(); err != nil {
+		return nil, err
+	}
+	if cfg.Addr != "" { // it may have moved
+		if n.disk.Addr, err = address(cfg.Addr, ""); err != nil {
+			return nil, err
+		}
+	}
+	n.id = n.disk.Node
+	if err := n.loadIdentity(); err != nil {
+		return nil, err
+	}
+	n.cfg.Log = cfg.Log.With("node", n.id.String())
+	part := func(name string) *slog.Logger { return n.cfg.Log.With("part", name) }
+	var undo []func() error
+	defer func() {
+		if err != nil {
+			for _, f := range slices.Backward(undo) {
+				err = errors.Join(err, f())
+			}
+		}
+	}()
+	n.ep, err = rpc.New(rpc.Config{Self: n.id, Cert: n.holder, ListenAddr: listenAddr(n.disk.Addr),
+		Resolve: n.resolve, Allowed: n.allowed, Log: part("rpc")})
+	if err != nil {
+		return nil, err
+	}
+	undo = append(undo, func() error { // Run with a context that is over releases it
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		return n.ep.Run(ctx)
+	})
+	n.host, err = group.New(group.Config{Self: n.id, Dir: cfg.path("groups"), Transport: transport{n.ep}, Log: part("group")})
+	if err != nil {
+		return nil, err
+	}
+	undo = append(undo, n.host.Close)
+	n.ep.HandleCast(castRaft, func(from ids.Node, _, data []byte) {
+		if err := n.host.Receive(from, data); err != nil {
+			n.cfg.Log.Debug("raft message refused", "from", from.String(), "err", err)
+		}
+	})
+	n.ep.HandleStream(streamSnap, func(ctx context.Context, from ids.Node, c net.Conn) {
+		if err := n.host.ReceiveSnapshot(ctx, from, c); err != nil {
+			n.cfg.Log.Warn("snapshot not taken", "from", from.String(), "err", err)
+		}
+	})
+	recm := &record.Machine{OnChange: func(uint64) { n.refreshMembers() }}
+	volm := &volume.Machine{OnBlocks: func(names []volume.BlockName) { n.blocks.Ensure(names) }}
+	if n.rec, err = n.host.Open(ids.RecordGroup, recm); err != nil {
+		return nil, err
+	}
+	if n.root, err = n.host.Open(ids.RootGroup, volm); err != nil {
+		return nil, err
+	}
+	n.record = newRecordClient(n.host, n.rec, n.ep, part("record"))
+	n.jobs = newRegistry(n.record, part("jobs"))
+	n.ep.HandleJoin(func(ctx context.Context, _ net.Addr, req []byte) ([]byte, error) { return n.serveJoin(ctx, req) })
+	if n.members, err = member.New(member.Config{Self: n.id, RPC: n.ep, Log: part("member")}); err != nil {
+		return nil, err
+	}
+	if n.segs, err = segment.Open(segment.Config{Dir: cfg.path("blocks"), Log: part("segment")}); err != nil {
+		return nil, err
+	}
+	undo = append(undo, n.segs.Close)
+	n.blocks = block.New(block.Config{Self: n.id, RPC: n.ep, Local: n.segs, Key: n.volumeKey,
+		Replicas: n.storing, Alive: n.members.IsAlive, Walk: n.walkBlocks, Log: part("block")})
+	n.vice = vice.New(vice.Config{Self: n.id, Group: ids.RootGroup, Replica: n.root,
+		State: vice.NewState(n.host.State(), n.root.Space()), Peers: n.ep, Log: part("vice")})
+	n.root.Watch(func(group.Status) { n.vice.Nudge() })
+	n.venus = venus.New(venus.Config{Self: n.id, Group: ids.RootGroup, Peers: n.ep, Blocks: n.blocks,
+		Members: n.askFirst, Space: n.space, Log: part("venus")})
+	n.mount = fusefs.New(fusefs.Config{Dir: cfg.Mount, Tree: n.venus, Log: part("fusefs")})
+	n.venus.SetKernel(n.mount)
+	n.manager, err = proc.NewManager(proc.ManagerConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: part("proc"),
+		Dir: cfg.Dir, Exe: cfg.Exe, Cgroup: filepath.Join("unum", n.disk.Cluster[:8]+"-"+n.id.String()), Accept: n.accept, Socket: cfg.Socket})
+	if err != nil {
+		return nil, err
+	}
+	n.home = proc.NewHome(proc.HomeConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: part("home"), Place: n.place,
+		Resolve: n.byName, Members: n.members.Alive, Host: n.hostname, Explain: explain})
+	n.meter = load.New(load.Config{Node: n.id, Dir: cfg.Dir, Share: cfg.Share, Log: part("load")})
+	n.members.OnBroadcast(wordLoad, func(from ids.Node, b []byte) {
+		var l sched.Load
+		if err := wire.Unmarshal(b, &l); err != nil || l.Node != from {
+			n.cfg.Log.Warn("malformed load", "from", from.String())
+			return
+		}
+		n.loads.Put(clock.Now(), l)
+	})
+	n.members.OnChange(n.onMember)
+	n.ctl = control.New(control.Config{Path: cfg.Socket, Log: part("control")})
+	n.home.Register(n.ctl)
+	n.serveControl()
+	n.ep.Handle(methodSelf, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) { return n.self(), nil, nil })
+	return n, nil
+}
+
+func (n *Node) loadIdentity() error {
+	ca, err := identity.Load(n.cfg.path(fileCA))
+	if err != nil {
+		return errs.Wrap(err, "start", n.cfg.Dir)
+	}
+	trust, err := identity.ParseTrust(ca)
+	if err != nil {
+		return errs.Wrap(err, "start", n.cfg.path(fileCA))
+	}
+	cert, err := identity.Load(n.cfg.path(fileCert))
+	if err != nil {
+		return errs.Wrap(err, "start", n.cfg.Dir)
+	}
+	key, err := identity.Load(n.cfg.path(fileKey))
+	if err != nil {
+		return errs.Wrap(err, "start", n.cfg.Dir)
+	}
+	if n.holder, err = identity.NewHolder(trust, cert, key); err != nil {
+		return errs.Wrap(err, "start", n.cfg.path(fileCert))
+	}
+	vk, err := identity.Load(n.cfg.path(fileVolume))
+	if err != nil {
+		return errs.Wrap(err, "start", n.cfg.Dir)
+	}
+	if copy(n.volumeKey[:], vk) != 32 || len(vk) != 32 {
+		return errs.E(errs.Corrupt, "start", n.cfg.path(fileVolume), "%d bytes, want 32", len(vk))
+	}
+	if n.holder.Node() != n.id || trust.Cluster() != n.disk.Cluster {
+		return errs.E(errs.Corrupt, "start", n.cfg.path(fileCert), "the certificate is of %v in cluster %s, the directory of %v in %s",
+			n.holder.Node(), trust.Cluster(), n.id, n.disk.Cluster)
+	}
+	return nil
+}
+
+// part is something that runs until its context ends.
+type part struct {
+	name string
+	run  func(ctx context.Context) error
+}
+
+// Run starts the parts in order and stops them in reverse when ctx ends or one of
+// them fails.
+func (n *Node) Run(ctx context.Context) error {
+	syscall.Umask(0) // the kernel has applied the caller's mask already
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	parts := []part{
+		{"rpc", n.ep.Run}, {"groups", n.host.Run}, {"members", n.members.Run}, {"blocks", n.blocks.Run},
+		{"vice", n.vice.Run}, {"venus", n.venus.Run}, {"steward", n.steward}, {"jobs", n.jobs.out.Run},
+		{"load", func(ctx context.Context) error { return n.meter.Run(ctx, n.publish) }},
+		{"control", n.ctl.Run}, {"tree", n.runMount}, {"manager", n.manager.Run},
+	}
+	n.refreshMembers()
+	type running struct {
+		cancel context.CancelFunc
+		done   chan struct{}
+	}
+	var started []running
+	var errMu sync.Mutex
+	var failed error
+	for _, p := range parts {
+		pctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		r := running{cancel, make(chan struct{})}
+		started = append(started, r)
+		go func() {
+			defer close(r.done)
+			if err := p.run(pctx); err != nil && pctx.Err() == nil {
+				errMu.Lock()
+				failed = errors.Join(failed, errs.Wrap(err, p.name, ""))
+				errMu.Unlock()
+				stop(err)
+			} else if pctx.Err() == nil {
+				stop(fmt.Errorf("%s ended", p.name))
+			}
+		}()
+	}
+	n.cfg.Log.Info("node started", "addr", n.disk.Addr, "mount", n.cfg.Mount)
+	go n.seek(ctx)
+	<-ctx.Done()
+	for _, r := range slices.Backward(started) {
+		r.cancel()
+		<-r.done
+	}
+	err := errors.Join(n.host.Close(), n.segs.Close())
+	errMu.Lock()
+	defer errMu.Unlock()
+	return errors.Join(failed, err)
+}
+
+// seek tells membership whom to look for, and finishes what founding left.
+func (n *Node) seek(ctx context.Context) {
+	var peers []ids.Node
+	for name := range n.disk.Peers {
+		if p, err := ids.ParseNode(name); err == nil {
+			peers = append(peers, p)
+		}
+	}
+	for p := range *n.known.Load() {
+		if !slices.Contains(peers, p) && p != n.id {
+			peers = append(peers, p)
+		}
+	}
+	if len(peers) > 0 {
+		if err := n.members.Join(ctx, peers); err != nil && ctx.Err() == nil {
+			n.cfg.Log.Warn("no other node answers yet", "err", err)
+		}
+	}
+	for n.disk.Founding && ctx.Err() == nil {
+		if err := n.finishFounding(ctx); err != nil && ctx.Err() == nil {
+			n.cfg.Log.Warn("the cluster's record is not written yet", "err", err)
+			pause(ctx, 100*time.Millisecond)
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// runMount mounts the tree once there is a session: no program sees it before.
+func (n *Node) runMount(ctx context.Context) error {
+	for !n.venus.Ready() {
+		pause(ctx, 10*time.Millisecond)
+		if ctx.Err() != nil {
+			return nil
+		}
+	}
+	if err := os.MkdirAll(n.cfg.Mount, 0o755); err != nil {
+		return errs.Wrap(err, "mount", n.cfg.Mount)
+	}
+	go func() {
+		select {
+		case <-n.mount.Ready():
+			n.mounted.Store(true)
+		case <-ctx.Done():
+		}
+	}()
+	defer n.mounted.Store(false)
+	return n.mount.Run(ctx)
+}
+
+// refreshMembers reads the members anew.
+func (n *Node) refreshMembers() {
+	ms, err := n.record.view().Members()
+	if err != nil {
+		n.cfg.Log.Error("cannot read the members", "err", err)
+		return
+	}
+	m := make(map[ids.Node]record.Member, len(ms))
+	for _, x := range ms {
+		m[x.ID] = x
+	}
+	n.known.Store(&m)
+}
+
+// resolve returns a node's address.
+func (n *Node) resolve(p ids.Node) (string, bool) {
+	if m, ok := (*n.known.Load())[p]; ok {
+		return m.Addr, m.Addr != ""
+	}
+	a, ok := n.disk.Peers[p.String()]
+	return a, ok
+}
+
+// allowed reports whether a node with a good certificate is a member still. A
+// node that has not heard of the members yet believes the certificate.
+func (n *Node) allowed(p ids.Node) bool {
+	known := *n.known.Load()
+	m, ok := known[p]
+	if !ok {
+		// Its joining may not have reached this replica yet: the certificate says
+		// that it happened. One that was put out is known, with that state.
+		return true
+	}
+	return m.State != record.Removed && m.State != record.Left
+}
+
+// members that are in the cluster, in order.
+func (n *Node) current() []record.Member {
+	var out []record.Member
+	for _, m := range *n.known.Load() {
+		if m.State == record.Joining || m.State == record.Active {
+			out = append(out, m)
+		}
+	}
+	slices.SortFunc(out, func(a, b record.Member) int { return int(a.ID) - int(b.ID) })
+	return out
+}
+
+func (n *Node) hostname(p ids.Node) string { return (*n.known.Load())[p].Hostname }
+
+// byName finds a node by what people call it.
+func (n *Node) byName(name string) (ids.Node, error) {
+	if name == "." || name == "local" {
+		return n.id, nil
+	}
+	var found []ids.Node
+	for _, m := range n.current() {
+		if m.ID.String() == name {
+			return m.ID, nil
+		}
+		if m.Hostname == name {
+			found = append(found, m.ID)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return 0, errs.E(errs.NotFound, "find node", name, "there is no such node").WithRemedy("unum nodes")
+	}
+	return 0, errs.E(errs.Invalid, "find node", name, "%d nodes have this host name", len(found)).WithRemedy("unum nodes, and name it by its id")
+}
+
+// askFirst lists nodes that may know the root group's leader, this one first.
+func (n *Node) askFirst() []ids.Node {
+	out := []ids.Node{n.id}
+	for _, m := range n.current() {
+		if m.ID != n.id {
+			out = append(out, m.ID)
+		}
+	}
+	return out
+}
+
+// storing lists the nodes that keep the root volume's blocks: its voters.
+func (n *Node) storing() []ids.Node { return n.root.Status().Voters }
+
+// walkBlocks names every block of the root volume.
+func (n *Node) walkBlocks(yield func(volume.BlockName) bool) error {
+	snap := n.host.State().NewSnapshot()
+	err := volume.NewView(snap, n.root.Space()).WalkBlocks(func(b volume.BlockName, _ uint32) bool { return yield(b) })
+	return errors.Join(err, snap.Close())
+}
+
+// space returns the least free bytes among the storing nodes that are heard of.
+func (n *Node) space() uint64 {
+	least := ^uint64(0)
+	if free, err := n.segs.Free(); err == nil {
+		least = uint64(max(free, 0))
+	}
+	store := n.storing()
+	for _, l := range n.loads.Snapshot(clock.Now()) {
+		if slices.Contains(store, l.Node) && l.Node != n.id && l.DiskTotal > 0 {
+			least = min(least, l.DiskTotal-min(l.DiskUsed, l.DiskTotal))
+		}
+	}
+	return least
+}
+
+// publish tells everybody this node's load.
+func (n *Node) publish(l sched.Load) {
+	n.loads.Put(clock.Now(), l)
+	if err := n.members.Broadcast(wordLoad, wire.MustMarshal(l)); err != nil {
+		n.cfg.Log.Debug("load not told", "err", err)
+	}
+}
+
+// onMember reacts to a node that comes or goes.
+func (n *Node) onMember(p ids.Node, alive bool) {
+	n.cfg.Log.Info("member changed", "member", p.String(), "alive", alive)
+	if alive {
+		return
+	}
+	n.loads.Remove(p)
+	if !n.rec.IsLeader() {
+		return
+	}
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		if err := n.manager.NodeDead(ctx, p); err != nil {
+			n.cfg.Log.Warn("its jobs are not marked lost yet", "member", p.String(), "err", err)
+		}
+	}()
+}
+
+// accept decides by this node's own numbers whether a job may start here.
+func (n *Node) accept(proc.Demand) error {
+	for _, l := range n.loads.Snapshot(clock.Now()) {
+		if l.Node == n.id && l.MemTotal > 0 && l.MemTotal-min(l.MemUsed, l.MemTotal) < 64<<20 {
+			return errs.E(errs.Busy, "start", "", "%v has less than 64 MiB of memory left", n.id)
+		}
+	}
+	return nil
+}
+
+// place chooses a node for a command.
+func (n *Node) place(ctx context.Context, d proc.Demand) (ids.Node, []byte, error) {
+	now := clock.Now()
+	loads := slices.DeleteFunc(n.loads.Snapshot(now), func(l sched.Load) bool { return !n.members.IsAlive(l.Node) })
+	turn := n.turn.Add(1)
+	dec := sched.Decide(sched.Inputs{Policy: sched.EPVM, Home: n.id, Seed: uint64(now) ^ turn<<32, Turn: turn,
+		Limit: n.loads.Limit(), Loads: loads, Exclude: d.Not})
+	if dec.Chosen == 0 {
+		var why []string
+		for _, c := range dec.Candidates {
+			why = append(why, fmt.Sprintf("%v: %s", c.Node, c.Refused))
+		}
+		if len(why) == 0 {
+			why = append(why, "no node's load is known yet")
+		}
+		return 0, nil, errs.E(errs.Busy, "place the command", "", "no node can take it (%s)", strings.Join(why, "; ")).WithRemedy("unum nodes")
+	}
+	n.loads.Placed(now, dec.Chosen, sched.Demand{})
+	return dec.Chosen, dec.Receipt(), nil
+}
+
+// explain turns a receipt into words.
+func explain(receipt []byte, asJSON bool) (string, error) {
+	d, err := sched.Decode(receipt)
+	if err != nil {
+		return "", err
+	}
+	if asJSON {
+		b, err := sched.JSON(d)
+		return string(b), err
+	}
+	return sched.Explain(d), nil
+}

@@ -1,0 +1,271 @@
+package node
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/group"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/proc"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/rpc"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// recordClient proposes to the cluster's record from any node, exactly once, and
+// reads this node's replica of it.
+type recordClient struct {
+	g   *group.Group
+	h   *group.Host
+	ep  *rpc.Endpoint
+	log *slog.Logger
+
+	mu     sync.Mutex
+	client uint64
+	seq    uint64
+	flying map[uint64]struct{}
+}
+
+const methodPropose = "record.propose"
+
+func newRecordClient(h *group.Host, g *group.Group, ep *rpc.Endpoint, log *slog.Logger) *recordClient {
+	r := &recordClient{g: g, h: h, ep: ep, log: log, client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
+	ep.Handle(methodPropose, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
+		res, err := r.local(ctx, req)
+		return res, nil, err
+	})
+	return r
+}
+
+// local proposes on this node, which must lead.
+func (r *recordClient) local(ctx context.Context, cmd []byte) (*record.Result, error) {
+	if _, err := record.DecodeCommand(cmd); err != nil {
+		return nil, err
+	}
+	res, _, err := r.g.Propose(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
+	out, ok := res.(*record.Result)
+	if !ok {
+		return nil, errs.E(errs.Unknown, "record", "", "unexpected result %T", res)
+	}
+	return out, nil
+}
+
+// do has one command done exactly once, whoever leads, until ctx ends.
+func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result, error) {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+	}
+	r.mu.Lock()
+	r.seq++
+	c.Client, c.Seq = r.client, r.seq
+	r.flying[c.Seq] = struct{}{}
+	c.Acked = c.Seq
+	for s := range r.flying {
+		c.Acked = min(c.Acked, s)
+	}
+	r.mu.Unlock()
+	defer func() {
+		r.mu.Lock()
+		delete(r.flying, c.Seq)
+		r.mu.Unlock()
+	}()
+	cmd, err := wire.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+		var res *record.Result
+		leader, _ := r.g.Leader()
+		switch leader {
+		case 0:
+			err = errs.E(errs.NoQuorum, "record", "", "too few storing nodes answer to elect a leader").WithRemedy("unum status")
+		case r.ep.Self():
+			res, err = r.local(ctx, cmd)
+		default:
+			res = &record.Result{}
+			_, err = r.ep.Call(ctx, leader, methodPropose, rawItem(cmd), nil, res)
+		}
+		if err == nil {
+			if res.Refusal.Err != 0 {
+				return res, res.Refusal.Error("", "")
+			}
+			return res, nil
+		}
+		switch errs.ClassOf(err) {
+		case errs.NotLeader, errs.Unavailable, errs.Timeout, errs.NoQuorum, errs.Busy:
+		default:
+			return nil, err
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return nil, err
+		}
+	}
+}
+
+// rawItem sends an encoded command as it is.
+type rawItem []byte
+
+// MarshalCBOR implements cbor.Marshaler.
+func (b rawItem) MarshalCBOR() ([]byte, error) { return b, nil }
+
+// view reads this node's replica as of now.
+func (r *recordClient) view() record.View { return record.NewView(r.h.State(), r.g.Space()) }
+
+// info returns the cluster's identity, from a replica that has it.
+func (r *recordClient) info(ctx context.Context) (record.Info, error) {
+	if _, err := r.g.ReadIndex(ctx); err != nil && !errs.Has(err, errs.NotLeader) {
+		return record.Info{}, err
+	}
+	return r.view().Info()
+}
+
+// jobRange is how many job ids a node takes at a time: one proposal in a
+// thousand commands.
+const jobRange = 1000
+
+// registry is the record of jobs as package proc sees it.
+type registry struct {
+	r   *recordClient
+	out *proc.Outbox
+
+	mu         sync.Mutex
+	next, last ids.Job // ids left: next..last-1
+	fetching   chan struct{}
+}
+
+func newRegistry(r *recordClient, log *slog.Logger) *registry {
+	g := &registry{r: r}
+	g.out = proc.NewOutbox(g.tell, log)
+	return g
+}
+
+// NewID gives the next id of the range, and fetches another when it is used up.
+func (g *registry) NewID(ctx context.Context) (ids.Job, error) {
+	for {
+		g.mu.Lock()
+		if g.next < g.last {
+			id := g.next
+			g.next++
+			g.mu.Unlock()
+			return id, nil
+		}
+		wait := g.fetching
+		if wait == nil {
+			wait = make(chan struct{})
+			g.fetching = wait
+		}
+		mine := wait == g.fetching && g.next == g.last
+		if mine {
+			g.last = g.next + 1 // marks that somebody fetches
+			g.next = g.last
+		}
+		g.mu.Unlock()
+		if !mine {
+			select {
+			case <-wait:
+				continue
+			case <-ctx.Done():
+				return 0, ctx.Err()
+			}
+		}
+		res, err := g.r.do(ctx, record.Command{GrantJobs: jobRange})
+		g.mu.Lock()
+		if err == nil {
+			g.next, g.last = res.FirstJob, res.FirstJob+jobRange
+		}
+		g.fetching = nil
+		close(wait)
+		g.mu.Unlock()
+		if err != nil {
+			return 0, err
+		}
+	}
+}
+
+// Put tells the record, later and for certain.
+func (g *registry) Put(r proc.JobRecord) { g.out.Put(r) }
+
+func (g *registry) tell(ctx context.Context, rs []proc.JobRecord) error {
+	c := record.Command{PutJobs: make([]record.Job, len(rs))}
+	for i := range rs {
+		c.PutJobs[i] = toRecord(&rs[i])
+	}
+	_, err := g.r.do(ctx, c)
+	return err
+}
+
+// Get returns a job's record.
+func (g *registry) Get(ctx context.Context, id ids.Job) (proc.JobRecord, error) {
+	if r, ok := g.out.Get(id); ok {
+		return r, nil
+	}
+	// Not behind what was known when the question was asked, if that can be had.
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	g.r.g.ReadIndex(ctx)
+	j, err := g.r.view().Job(id)
+	if err != nil {
+		return proc.JobRecord{}, err
+	}
+	return fromRecord(&j), nil
+}
+
+// List returns all jobs the record keeps, with what it has yet to be told.
+func (g *registry) List(ctx context.Context) ([]proc.JobRecord, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	g.r.g.ReadIndex(ctx)
+	js, err := g.r.view().Jobs()
+	if err != nil {
+		return nil, err
+	}
+	out := make([]proc.JobRecord, 0, len(js))
+	at := map[ids.Job]int{}
+	for i := range js {
+		at[js[i].ID] = len(out)
+		out = append(out, fromRecord(&js[i]))
+	}
+	for _, r := range g.out.List() {
+		if i, ok := at[r.Job]; !ok {
+			out = append(out, r)
+		} else if r.Supersedes(&out[i]) {
+			out[i] = r
+		}
+	}
+	return out, nil
+}
+
+var jobStates = map[proc.State]record.JobState{
+	proc.Running: record.JobRunning, proc.Exited: record.JobExited, proc.Killed: record.JobKilled, proc.Lost: record.JobLost,
+}
+
+func toRecord(r *proc.JobRecord) record.Job {
+	return record.Job{ID: r.Job, Incarnation: r.Incarnation, Home: r.Home, Node: r.Node, Uid: r.UID, Argv: r.Argv, Cwd: string(r.Cwd),
+		State: jobStates[r.State], ExitCode: int32(r.Code), Signal: uint32(r.Signal), Detached: r.Detached, Started: r.Start, Ended: r.End,
+		Receipt: r.Receipt, Name: r.Name, CPU: r.CPU, Text: r.Text}
+}
+
+func fromRecord(j *record.Job) proc.JobRecord {
+	r := proc.JobRecord{Job: j.ID, Incarnation: j.Incarnation, Home: j.Home, Node: j.Node, UID: j.Uid, Argv: j.Argv, Cwd: []byte(j.Cwd),
+		Code: int(j.ExitCode), Signal: int(j.Signal), Detached: j.Detached, Start: j.Started, End: j.Ended,
+		Receipt: j.Receipt, Name: j.Name, CPU: j.CPU, Text: j.Text}
+	for s, w := range jobStates {
+		if w == j.State {
+			r.State = s
+		}
+	}
+	return r
+}

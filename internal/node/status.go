@@ -1,0 +1,196 @@
+package node
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/unum-os/unum/internal/clock"
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/group"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// Verbs of the control socket.
+const (
+	VerbStatus  = "status"  // -> Status
+	VerbToken   = "token"   // TokenRequest -> TokenReply; root only
+	VerbHealthy = "healthy" // -> nothing, or an error that says what is not
+)
+
+const methodSelf = "node.self" // -> Self
+
+// GroupStatus is one replicated group as one node sees it.
+type GroupStatus struct {
+	Group   ids.Group  `cbor:"1,keyasint" json:"group"`
+	Role    string     `cbor:"2,keyasint" json:"role"`
+	Leader  ids.Node   `cbor:"3,keyasint" json:"leader"`
+	Term    uint64     `cbor:"4,keyasint" json:"term"`
+	Applied uint64     `cbor:"5,keyasint" json:"applied"`
+	Voters  []ids.Node `cbor:"6,keyasint" json:"voters"`
+}
+
+// Self is what a node says of itself.
+type Self struct {
+	Node     ids.Node      `cbor:"1,keyasint" json:"node"`
+	Mounted  bool          `cbor:"2,keyasint" json:"mounted"`
+	Session  bool          `cbor:"3,keyasint" json:"session"`
+	Groups   []GroupStatus `cbor:"4,keyasint" json:"groups"`
+	Missing  int           `cbor:"5,keyasint" json:"missing_blocks"`
+	Free     int64         `cbor:"6,keyasint" json:"free_bytes"`
+	Jobs     int           `cbor:"7,keyasint" json:"jobs"`
+	UptimeNs int64         `cbor:"8,keyasint" json:"uptime_ns"`
+}
+
+// Peer is a member as the asked node sees it. Self is nil if it does not answer.
+type Peer struct {
+	Member record.Member `cbor:"1,keyasint"`
+	Alive  bool          `cbor:"2,keyasint"`
+	Self   *Self         `cbor:"3,keyasint,omitempty"`
+	Load   float64       `cbor:"4,keyasint"` // runnable jobs for each CPU
+	CPUs   float64       `cbor:"5,keyasint"`
+}
+
+// Status is the cluster as this node sees it.
+type Status struct {
+	Node    ids.Node `cbor:"1,keyasint"`
+	Cluster string   `cbor:"2,keyasint"`
+	Mount   string   `cbor:"3,keyasint"`
+	Addr    string   `cbor:"4,keyasint"`
+	Peers   []Peer   `cbor:"5,keyasint"`
+	Problem string   `cbor:"6,keyasint,omitempty"` // what is missing, and what to do
+}
+
+// TokenRequest asks for a join token.
+type TokenRequest struct {
+	Uses     uint32 `cbor:"1,keyasint"`
+	Lifetime int64  `cbor:"2,keyasint"` // nanoseconds
+}
+
+// TokenReply gives it, and the address to join at.
+type TokenReply struct {
+	Token string `cbor:"1,keyasint"`
+	Addr  string `cbor:"2,keyasint"`
+}
+
+// answer registers a verb whose whole answer is one message.
+func answer[Q any](s *control.Server, verb string, admin bool, f func(ctx context.Context, q *Q) (any, error)) {
+	reg := s.Handle
+	if admin {
+		reg = s.HandleAdmin
+	}
+	reg(verb, func(ctx context.Context, c *control.Conn, req []byte) error {
+		var q Q
+		if len(req) > 0 {
+			if err := wire.Unmarshal(req, &q); err != nil {
+				return err
+			}
+		}
+		r, err := f(ctx, &q)
+		if err != nil {
+			return err
+		}
+		b, err := wire.Marshal(r)
+		if err != nil {
+			return err
+		}
+		return c.Send(b)
+	})
+}
+
+func (n *Node) serveControl() {
+	n.ctl.HandleImage()
+	answer(n.ctl, VerbStatus, false, func(ctx context.Context, _ *struct{}) (any, error) { return n.status(ctx), nil })
+	answer(n.ctl, VerbHealthy, false, func(ctx context.Context, _ *struct{}) (any, error) { return struct{}{}, n.healthy() })
+	answer(n.ctl, VerbToken, true, func(ctx context.Context, q *TokenRequest) (any, error) { return n.token(ctx, q) })
+}
+
+// self describes this node.
+func (n *Node) self() Self {
+	s := Self{Node: n.id, Mounted: n.mounted.Load(), Session: n.venus.Ready(), Missing: n.blocks.Missing(),
+		Jobs: len(n.manager.Jobs()), UptimeNs: int64(time.Since(n.began))}
+	s.Free, _ = n.segs.Free()
+	for _, g := range []*group.Group{n.rec, n.root} {
+		st := g.Status()
+		s.Groups = append(s.Groups, GroupStatus{Group: g.ID(), Role: st.Role.String(), Leader: st.Leader, Term: st.Term, Applied: st.Applied, Voters: st.Voters})
+	}
+	return s
+}
+
+// status asks all members for a moment.
+func (n *Node) status(ctx context.Context) Status {
+	st := Status{Node: n.id, Cluster: n.disk.Cluster, Mount: n.cfg.Mount, Addr: n.disk.Addr}
+	ms := n.current()
+	st.Peers = make([]Peer, len(ms))
+	loads := n.loads.Snapshot(clock.Now())
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	for i, m := range ms {
+		p := &st.Peers[i]
+		p.Member, p.Alive = m, n.members.IsAlive(m.ID)
+		for _, l := range loads {
+			if l.Node == m.ID {
+				p.Load, p.CPUs = l.PerCPU(), l.CPUs
+			}
+		}
+		if !p.Alive {
+			continue
+		}
+		wg.Go(func() {
+			var s Self
+			if _, err := n.ep.Call(ctx, m.ID, methodSelf, struct{}{}, nil, &s); err == nil {
+				p.Self = &s
+			}
+		})
+	}
+	wg.Wait()
+	if err := n.healthy(); err != nil {
+		st.Problem = err.Error()
+	}
+	return st
+}
+
+// healthy returns nil when this node does all it is there for.
+func (n *Node) healthy() error {
+	r := n.root.Status()
+	alive := 0
+	for _, v := range r.Voters {
+		if n.members.IsAlive(v) {
+			alive++
+		}
+	}
+	m, ok := (*n.known.Load())[n.id]
+	switch {
+	case r.Leader == 0 && len(r.Voters) > 0:
+		return errs.E(errs.NoQuorum, "health", n.id.String(), "the root volume has no leader: %d of its %d storing nodes are alive", alive, len(r.Voters)).
+			WithRemedy("start the missing nodes (unum nodes lists them); a majority must be up")
+	case !ok || m.State != record.Active:
+		return errs.E(errs.Unavailable, "health", n.id.String(), "it is not admitted to the cluster yet")
+	case !n.venus.Ready():
+		return errs.E(errs.Unavailable, "health", n.id.String(), "it has no session with the root volume's leader, n%d", r.Leader)
+	case !n.mounted.Load():
+		return errs.E(errs.Unavailable, "health", n.id.String(), "%s is not mounted", n.cfg.Mount)
+	}
+	return nil
+}
+
+// token makes a join token and puts its hash into the record.
+func (n *Node) token(ctx context.Context, q *TokenRequest) (TokenReply, error) {
+	if q.Uses == 0 {
+		q.Uses = 1
+	}
+	if q.Lifetime <= 0 {
+		q.Lifetime = int64(24 * time.Hour)
+	}
+	t, err := identity.NewToken(n.holder.Trust().Fingerprint())
+	if err != nil {
+		return TokenReply{}, err
+	}
+	_, err = n.record.do(ctx, record.Command{AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: time.Now().UnixNano() + q.Lifetime, Role: record.RoleStore}})
+	return TokenReply{Token: t.String(), Addr: n.disk.Addr}, err
+}

@@ -1,0 +1,213 @@
+package proc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/unum-os/unum/internal/proc/shim"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// meta is what a detached job's directory says about it.
+type meta struct {
+	Record JobRecord `cbor:"1,keyasint"`
+	Shim   int       `cbor:"2,keyasint"` // pid
+	Born   uint64    `cbor:"3,keyasint"` // its start time in clock ticks after boot: pids come again
+	Boot   string    `cbor:"4,keyasint"` // the boot it ran in
+	PGID   int       `cbor:"5,keyasint"` // the program's process group, in the daemon's namespace
+}
+
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+// born returns the start time of a process; 0 if there is none.
+func born(pid int) uint64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	s := string(b)
+	f := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
+	if len(f) < 20 {
+		return 0
+	}
+	n, _ := strconv.ParseUint(f[19], 10, 64)
+	return n
+}
+
+// writeMeta leaves in dir what a later life of the daemon needs.
+func writeMeta(dir string, j *job) error {
+	j.mu.Lock()
+	mt := meta{Record: j.rec, Shim: j.proc.Pid, Born: born(j.proc.Pid), Boot: bootID(), PGID: j.program}
+	cgs := j.cg.pids()
+	j.mu.Unlock()
+	// The program's pid here is the one whose innermost number the shim told.
+	for _, pid := range append(children(mt.Shim), cgs...) {
+		if pid != mt.Shim && innerPid(pid) == j.program {
+			mt.PGID = pid
+			break
+		}
+	}
+	return replaceFile(filepath.Join(dir, metaFile), wire.MustMarshal(mt))
+}
+
+func children(pid int) []int {
+	var out []int
+	ts, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, t := range ts {
+		b, _ := os.ReadFile(t)
+		for _, f := range strings.Fields(string(b)) {
+			if n, err := strconv.Atoi(f); err == nil {
+				out = append(out, n)
+			}
+		}
+	}
+	return out
+}
+
+// innerPid returns the number of pid in the innermost of its namespaces.
+func innerPid(pid int) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.SplitSeq(string(b), "\n") {
+		if v, ok := strings.CutPrefix(line, "NSpid:"); ok {
+			f := strings.Fields(v)
+			n, _ := strconv.Atoi(f[len(f)-1])
+			return n
+		}
+	}
+	return 0
+}
+
+func replaceFile(path string, b []byte) error {
+	tmp := path + ".new"
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, werr := f.Write(b)
+	if err := errors.Join(werr, f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+func readMeta(dir string) (meta, error) {
+	var mt meta
+	b, err := os.ReadFile(filepath.Join(dir, metaFile))
+	if err != nil {
+		return mt, err
+	}
+	return mt, wire.Unmarshal(b, &mt)
+}
+
+// adoptAll takes over the detached jobs an earlier daemon left, and tells the
+// record of those that ended in between.
+func (m *Manager) adoptAll(ctx context.Context) {
+	es, err := os.ReadDir(m.jobsDir())
+	if err != nil {
+		m.cfg.Log.Warn("jobs of an earlier life cannot be listed", "err", err)
+		return
+	}
+	for _, e := range es {
+		mt, err := readMeta(filepath.Join(m.jobsDir(), e.Name()))
+		if err != nil || mt.Record.State.Finished() {
+			continue
+		}
+		j := &job{m: m, l: launch{Job: mt.Record.Job, Incarnation: mt.Record.Incarnation, Detach: true}, home: mt.Record.Home,
+			rec: mt.Record, pgid: mt.PGID, program: mt.PGID, cg: m.cg.find(groupName(mt.Shim)), over: make(chan struct{})}
+		fd, alive := -1, false
+		if mt.Boot == bootID() && born(mt.Shim) == mt.Born && mt.Born != 0 {
+			fd, err = unix.PidfdOpen(mt.Shim, 0)
+			alive = err == nil && born(mt.Shim) == mt.Born
+		}
+		if !alive {
+			if fd >= 0 {
+				unix.Close(fd)
+			}
+			j.settle(mt)
+			m.remember(j.rec)
+			continue
+		}
+		p, err := os.FindProcess(mt.Shim)
+		if err != nil {
+			unix.Close(fd)
+			continue
+		}
+		j.proc = p
+		_, leave, err := m.enter(j)
+		if err != nil {
+			unix.Close(fd)
+			m.cfg.Log.Warn("job of an earlier life cannot be taken over", "job", mt.Record.Job, "err", err)
+			continue
+		}
+		go func() {
+			defer leave()
+			defer unix.Close(fd)
+			if awaitPidfd(ctx, fd) {
+				j.settle(mt)
+			}
+		}()
+	}
+}
+
+// awaitPidfd waits for the end of a process that is not a child; false if ctx
+// ended first.
+func awaitPidfd(ctx context.Context, fd int) bool {
+	for ctx.Err() == nil {
+		// Bounded, so that the end of ctx is seen.
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 500)
+		if err != nil && err != unix.EINTR {
+			return true
+		}
+		if n > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// settle makes the record of an adopted job final, from what its shim left.
+func (j *job) settle(mt meta) {
+	dir := j.m.jobDir(mt.Record.Job)
+	e := &ending{State: Lost, Text: fmt.Sprintf("node %v went down while it ran", j.m.cfg.Self)}
+	if mt.Boot == bootID() {
+		e = &ending{State: Killed, Signal: int(unix.SIGKILL), Text: fmt.Sprintf("the job was killed on node %v", j.m.cfg.Self)}
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, shim.ExitFile)); err == nil {
+		var x shim.Exited
+		if wire.Unmarshal(b, &x) == nil {
+			e = &ending{State: Exited, Code: x.Code, Signal: x.Signal}
+		}
+	}
+	if j.proc != nil {
+		j.proc.Wait() // a child only if this process itself let it go before
+	}
+	if err := j.cg.remove(); err != nil {
+		j.m.cfg.Log.Warn("control group cannot be removed", "job", j.l.Job, "err", err)
+	}
+	j.mu.Lock()
+	j.finish(e)
+	mt.Record = j.rec
+	j.mu.Unlock()
+	replaceFile(filepath.Join(dir, metaFile), wire.MustMarshal(mt))
+}
+
+// remember keeps an ended job for those who wait for it.
+func (m *Manager) remember(r JobRecord) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.ended[r.Job] = r
+	m.last = append(m.last, r.Job)
+}

@@ -1,0 +1,283 @@
+package proc
+
+import (
+	"context"
+	"fmt"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// Verbs of the control socket about jobs, with their requests and answers.
+const (
+	VerbPS   = "ps"   // PSReq, one PSResp
+	VerbKill = "kill" // KillReq, nothing
+	VerbWait = "wait" // JobReq, one WaitResp
+	VerbLogs = "logs" // LogsReq, Log messages
+	VerbWhy  = "why"  // JobReq, one WhyResp
+)
+
+// PSReq asks for the jobs of the cluster.
+type PSReq struct {
+	All bool `cbor:"1,keyasint,omitempty"` // also those that have ended
+}
+
+// PSResp answers it.
+type PSResp struct {
+	Jobs   []JobInfo  `cbor:"1,keyasint"`
+	Silent []ids.Node `cbor:"2,keyasint,omitempty"` // members that did not answer
+	Record string     `cbor:"3,keyasint,omitempty"` // why the record could not be read, if so
+}
+
+// KillReq asks for a signal.
+type KillReq struct {
+	Job    ids.Job `cbor:"1,keyasint"`
+	Signal int     `cbor:"2,keyasint"`
+}
+
+// JobReq names a job.
+type JobReq struct {
+	Job  ids.Job `cbor:"1,keyasint"`
+	JSON bool    `cbor:"2,keyasint,omitempty"`
+}
+
+// WaitResp tells how a job ended.
+type WaitResp struct {
+	Record JobRecord `cbor:"1,keyasint"`
+}
+
+// LogsReq asks for the output of a detached job.
+type LogsReq struct {
+	Job    ids.Job `cbor:"1,keyasint"`
+	Follow bool    `cbor:"2,keyasint,omitempty"`
+}
+
+// Log is a piece of output.
+type Log struct {
+	FD   int    `cbor:"1,keyasint"`
+	Data []byte `cbor:"2,keyasint"`
+}
+
+// WhyResp is the explanation of a placement.
+type WhyResp struct {
+	Text string `cbor:"1,keyasint"`
+}
+
+// PS collects the jobs of all live nodes and what the record knows beside them.
+func (h *Home) PS(ctx context.Context, all bool) PSResp {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	var (
+		resp PSResp
+		mu   sync.Mutex
+		wg   sync.WaitGroup
+		seen = map[ids.Job]bool{}
+	)
+	nodes := h.cfg.Members()
+	live := map[ids.Node]bool{}
+	for _, n := range nodes {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			var r listResp
+			_, err := h.cfg.RPC.Call(ctx, n, methodList, listReq{}, nil, &r)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				resp.Silent = append(resp.Silent, n)
+				return
+			}
+			live[n] = true
+			for _, j := range r.Jobs {
+				seen[j.Record.Job] = true
+				resp.Jobs = append(resp.Jobs, j)
+			}
+		}()
+	}
+	rs, err := h.cfg.Registry.List(ctx)
+	wg.Wait()
+	if err != nil {
+		resp.Record = err.Error()
+	}
+	for _, r := range rs {
+		switch {
+		case seen[r.Job]:
+		case r.State.Finished() && !all:
+		case !r.State.Finished() && live[r.Node]:
+			// It ended between the two answers; the record will hear.
+		default:
+			resp.Jobs = append(resp.Jobs, JobInfo{Record: r, CPU: r.CPU})
+		}
+	}
+	sort.Slice(resp.Jobs, func(a, b int) bool { return resp.Jobs[a].Record.Job < resp.Jobs[b].Record.Job })
+	sort.Slice(resp.Silent, func(a, b int) bool { return resp.Silent[a] < resp.Silent[b] })
+	return resp
+}
+
+// locate finds the node of a job: by the record, else by asking the nodes, for a
+// job so young that the record has not heard of it.
+func (h *Home) locate(ctx context.Context, id ids.Job) (JobRecord, error) {
+	r, err := h.cfg.Registry.Get(ctx, id)
+	if err == nil {
+		return r, nil
+	}
+	for _, j := range h.PS(ctx, false).Jobs {
+		if j.Record.Job == id {
+			return j.Record, nil
+		}
+	}
+	if errs.Has(err, errs.NotFound) {
+		return r, errs.E(errs.NotFound, "", "", "no job %d", id).WithRemedy("unum ps --all")
+	}
+	return r, err
+}
+
+func (h *Home) servePS(ctx context.Context, c *control.Conn, req []byte) error {
+	var r PSReq
+	if err := wire.Unmarshal(req, &r); err != nil {
+		return err
+	}
+	return c.Send(wire.MustMarshal(h.PS(ctx, r.All)))
+}
+
+func (h *Home) serveKill(ctx context.Context, c *control.Conn, req []byte) error {
+	var r KillReq
+	if err := wire.Unmarshal(req, &r); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*askTimeout)
+	defer cancel()
+	rec, err := h.locate(ctx, r.Job)
+	if err != nil {
+		return err
+	}
+	if rec.State.Finished() {
+		return errs.E(errs.NotFound, "", "", "job %d has ended (%v)", r.Job, rec.State)
+	}
+	_, err = h.cfg.RPC.Call(ctx, rec.Node, methodKill, killReq{r.Job, r.Signal, c.Peer.UID}, nil, nil)
+	return errs.Wrap(err, "", "")
+}
+
+// Wait returns the final record of a job. A node that falls silent is asked
+// again until the record says what became of the job.
+func (h *Home) Wait(ctx context.Context, id ids.Job) (JobRecord, error) {
+	rec, err := h.locate(ctx, id)
+	if err != nil {
+		return rec, err
+	}
+	const first, most = 50 * time.Millisecond, time.Second
+	pause := first
+	for !rec.State.Finished() {
+		var w waitResp
+		wctx, cancel := context.WithTimeout(ctx, waitPoll+askTimeout)
+		_, err := h.cfg.RPC.Call(wctx, rec.Node, methodWait, waitReq{id}, nil, &w)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return rec, ctx.Err()
+		case err == nil && w.Known && w.Record.State.Finished():
+			return w.Record, nil
+		case err == nil && w.Known:
+			pause = first
+			continue // it asked long enough by itself
+		}
+		if now, err := h.cfg.Registry.Get(ctx, id); err == nil {
+			rec = now
+		}
+		if rec.State.Finished() {
+			break
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return rec, ctx.Err()
+		}
+		pause = min(2*pause, most)
+	}
+	return rec, nil
+}
+
+func (h *Home) serveWait(ctx context.Context, c *control.Conn, req []byte) error {
+	var r JobReq
+	if err := wire.Unmarshal(req, &r); err != nil {
+		return err
+	}
+	rec, err := h.Wait(ctx, r.Job)
+	if err != nil {
+		return err
+	}
+	return c.Send(wire.MustMarshal(WaitResp{rec}))
+}
+
+func (h *Home) serveLogs(ctx context.Context, c *control.Conn, req []byte) error {
+	var r LogsReq
+	if err := wire.Unmarshal(req, &r); err != nil {
+		return err
+	}
+	rec, err := h.locate(ctx, r.Job)
+	if err != nil {
+		return err
+	}
+	if !rec.Detached {
+		return errs.E(errs.NotFound, "", "", "job %d was not detached: its output went to its caller", r.Job)
+	}
+	dctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	conn, err := h.cfg.RPC.Dial(dctx, rec.Node, streamLogs)
+	cancel()
+	if err != nil {
+		return errs.Wrap(err, "", fmt.Sprintf("output of job %d is on node %s", r.Job, h.nodeName(rec.Node)))
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	t := &talk{Conn: conn}
+	if err := t.send(logsReq{r.Job, c.Peer.UID, r.Follow}); err != nil {
+		return errs.Wrap(err, "", h.nodeName(rec.Node))
+	}
+	for {
+		f, err := wire.ReadFrame(conn, maxMessage)
+		if err != nil {
+			return errs.E(errs.Unavailable, "", "", "node %s went silent", h.nodeName(rec.Node))
+		}
+		switch f.Type {
+		case logOut, logErr:
+			if err := c.Send(wire.MustMarshal(Log{int(f.Type), f.Body})); err != nil {
+				return err
+			}
+		case logEnd:
+			return nil
+		default:
+			var bad refusal
+			if err := wire.Unmarshal(f.Header, &bad); err != nil {
+				return err
+			}
+			return errs.E(errs.Class(bad.Class), "", "", "%s", bad.Text)
+		}
+	}
+}
+
+func (h *Home) serveWhy(ctx context.Context, c *control.Conn, req []byte) error {
+	var r JobReq
+	if err := wire.Unmarshal(req, &r); err != nil {
+		return err
+	}
+	rec, err := h.locate(ctx, r.Job)
+	if err != nil {
+		return err
+	}
+	if len(rec.Receipt) == 0 {
+		return c.Send(wire.MustMarshal(WhyResp{fmt.Sprintf("job %d runs on %s because its user named that node.\n", r.Job, h.nodeName(rec.Node))}))
+	}
+	text, err := h.cfg.Explain(rec.Receipt, r.JSON)
+	if err != nil {
+		return err
+	}
+	return c.Send(wire.MustMarshal(WhyResp{text}))
+}

@@ -1,0 +1,138 @@
+package proc
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/unum-os/unum/internal/ids"
+)
+
+// outboxBatch bounds the records told at once: a proposal of bounded size.
+const outboxBatch = 256
+
+// Outbox keeps what the record must be told until it has been told. Of several
+// records of one job only the one that supersedes the others is kept, so a job
+// that is over before its start was told costs one message, and the outbox is
+// bounded by the jobs of this node.
+type Outbox struct {
+	tell func(ctx context.Context, rs []JobRecord) error
+	log  *slog.Logger
+	wake chan struct{}
+
+	mu      sync.Mutex // guards what follows
+	pending map[ids.Job]JobRecord
+	order   []ids.Job
+}
+
+// NewOutbox returns an outbox; Run empties it. tell is called from one goroutine
+// and is given a context with a deadline; it may be called again with what it
+// was given before when it failed.
+func NewOutbox(tell func(ctx context.Context, rs []JobRecord) error, log *slog.Logger) *Outbox {
+	return &Outbox{tell: tell, log: log, wake: make(chan struct{}, 1), pending: map[ids.Job]JobRecord{}}
+}
+
+// Put adds r. It never blocks.
+func (o *Outbox) Put(r JobRecord) {
+	o.mu.Lock()
+	old, ok := o.pending[r.Job]
+	if !ok {
+		o.order = append(o.order, r.Job)
+	}
+	if !ok || r.Supersedes(&old) {
+		o.pending[r.Job] = r
+	}
+	o.mu.Unlock()
+	select {
+	case o.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Get returns what is waiting to be told about id.
+func (o *Outbox) Get(id ids.Job) (JobRecord, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	r, ok := o.pending[id]
+	return r, ok
+}
+
+// List returns everything that is waiting.
+func (o *Outbox) List() []JobRecord {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	out := make([]JobRecord, 0, len(o.pending))
+	for _, r := range o.pending {
+		out = append(out, r)
+	}
+	return out
+}
+
+// Run tells the record until ctx ends, then makes one last attempt.
+func (o *Outbox) Run(ctx context.Context) error {
+	const first, most = 100 * time.Millisecond, 5 * time.Second
+	wait := first
+	for {
+		err := o.flush(ctx)
+		var again <-chan time.Time
+		if err != nil && ctx.Err() == nil {
+			if wait == first {
+				o.log.Warn("the record was not told about jobs, trying again", "err", err)
+			}
+			again = time.After(wait)
+			wait = min(2*wait, most)
+		} else {
+			wait = first
+		}
+		wake := o.wake
+		if again != nil {
+			wake = nil
+		}
+		select {
+		case <-wake:
+		case <-again:
+		case <-ctx.Done():
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			defer cancel()
+			if err := o.flush(last); err != nil {
+				o.log.Warn("the record was not told about the last jobs", "err", err)
+			}
+			return nil
+		}
+	}
+}
+
+func (o *Outbox) flush(ctx context.Context) error {
+	for {
+		o.mu.Lock()
+		n := min(len(o.order), outboxBatch)
+		batch := make([]JobRecord, 0, n)
+		for _, id := range o.order[:n] {
+			batch = append(batch, o.pending[id])
+		}
+		o.mu.Unlock()
+		if n == 0 {
+			return nil
+		}
+		c, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := o.tell(c, batch)
+		cancel()
+		if err != nil {
+			return err
+		}
+		o.mu.Lock()
+		rest := o.order[n:]
+		o.order = nil
+		for i := range batch {
+			id := batch[i].Job
+			if now := o.pending[id]; now.Supersedes(&batch[i]) {
+				o.order = append(o.order, id)
+			} else {
+				delete(o.pending, id)
+			}
+		}
+		o.order = append(o.order, rest...)
+		o.mu.Unlock()
+	}
+}

@@ -1,0 +1,48 @@
+// Package record is the replicated state machine of the cluster's own record:
+// its name and keys, its members, the tokens by which machines join, and its
+// jobs.
+//
+// # Words
+//
+// A member is a machine that was given a node id. A token lets machines join; the
+// record knows the hash of its secret only. Cluster time is the time of day that
+// a command carries: the record itself reads no clock. The revision counts the
+// commands that changed something.
+//
+// # Keys
+//
+// All keys begin with the group's prefix; numbers are eight bytes, big endian;
+// values are CBOR structs with integer keys.
+//
+//	'i'                    Info: name and keys
+//	'c'                    Counters
+//	'n' node               Member
+//	't' token              Token
+//	'j' job                Job
+//	'f' revision job       finished jobs in the order in which they finished
+//	'u' client             what is known of a client of the record
+//	'v' index client       clients in the order of their last command
+//	'd' client seq         Result of a command, until acknowledged
+//
+// # Invariants
+//
+//   - Apply depends on the state, the index and the command alone.
+//   - A refused command changes nothing but its client's bookkeeping.
+//   - Node ids and job ids are given out once.
+//   - A use of a token and the member it makes are one command.
+//   - A job's record never goes back: not to an older incarnation, and not from
+//     an end that was seen. "lost" is a presumption and yields to a seen end.
+//   - Kept are all unfinished jobs and the last MaxFinished finished ones, the
+//     last MaxClients clients, and at most Window results of each.
+//
+// # Locks
+//
+// None: the group calls Apply from one goroutine. A View is as safe as its
+// reader.
+//
+// # Failure
+//
+// A malformed command is refused by its Result. A state that cannot be read or
+// decoded makes Apply panic with an error, for a replica that cannot tell its
+// state must stop; Views return errors of class Corrupt or IO.
+package record

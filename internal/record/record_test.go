@@ -1,0 +1,540 @@
+package record
+
+import (
+	"bytes"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"pgregory.net/rapid"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+var update = flag.Bool("update", false, "rewrite golden files")
+
+type testSpace string
+
+func (s testSpace) Key(parts ...[]byte) []byte {
+	return append([]byte(s), bytes.Join(parts, nil)...)
+}
+
+const space = testSpace("G")
+
+type fataler interface {
+	Helper()
+	Fatalf(string, ...any)
+}
+
+type quiet struct{}
+
+func (quiet) Infof(string, ...any)      {}
+func (quiet) Errorf(string, ...any)     {}
+func (quiet) Fatalf(f string, a ...any) { panic(fmt.Sprintf(f, a...)) }
+
+type replica struct {
+	t     fataler
+	db    *pebble.DB
+	m     Machine
+	index uint64
+	seq   uint64
+	log   [][]byte
+}
+
+func openDB(t fataler) *pebble.DB {
+	t.Helper()
+	db, err := pebble.Open("", &pebble.Options{FS: vfs.NewMem(), Logger: quiet{}, FormatMajorVersion: pebble.FormatNewest})
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return db
+}
+
+func newReplica(t fataler) *replica { return &replica{t: t, db: openDB(t)} }
+
+func founded(t fataler) *replica {
+	r := newReplica(t)
+	r.must(Command{Init: &Init{ClusterID: [16]byte{1}, Name: "home", CACert: []byte("cert"), CAKey: []byte("key"),
+		VolumeKey: [32]byte{2}, Hostname: "alpha", Addr: "alpha:7400", Key: KeyHash{1}, Now: 100}})
+	return r
+}
+
+func (r *replica) close() { r.db.Close() }
+
+func (r *replica) view() View { return NewView(r.db, space) }
+
+func (r *replica) raw(cmd []byte) *Result {
+	r.t.Helper()
+	r.index++
+	r.log = append(r.log, cmd)
+	b := r.db.NewIndexedBatch()
+	res := r.m.ApplyTo(b, space, r.index, cmd)
+	if err := b.Commit(pebble.NoSync); err != nil {
+		r.t.Fatalf("%v", err)
+	}
+	r.m.Applied(r.index)
+	return res
+}
+
+func (r *replica) apply(c Command) *Result {
+	r.t.Helper()
+	return r.raw(wire.MustMarshal(c))
+}
+
+// do gives the command the next sequence number of client 1.
+func (r *replica) do(c Command) *Result {
+	r.t.Helper()
+	r.seq++
+	c.Client, c.Seq, c.Acked = 1, r.seq, r.seq
+	return r.apply(c)
+}
+
+func (r *replica) must(c Command) *Result {
+	r.t.Helper()
+	res := r.do(c)
+	if err := res.Refusal.Error("test", ""); err != nil {
+		r.t.Fatalf("%+v: %v", c, err)
+	}
+	for _, j := range res.Jobs {
+		if err := j.Error("test", ""); err != nil {
+			r.t.Fatalf("%+v: %v", c, err)
+		}
+	}
+	return res
+}
+
+func (r *replica) refuse(c Command, want errs.Class, why string) {
+	r.t.Helper()
+	was := r.content()
+	res := r.do(c)
+	if errs.Class(res.Refusal.Err) != want || !strings.Contains(res.Refusal.Why, why) {
+		r.t.Fatalf("%+v: got %+v, want %v, %q", c, res, want, why)
+	}
+	if r.content() != was {
+		r.t.Fatalf("%+v was refused and changed the state", c)
+	}
+}
+
+func dump(t fataler, db *pebble.DB, but string) string {
+	it, err := db.NewIter(nil)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	defer it.Close()
+	var out strings.Builder
+	for it.First(); it.Valid(); it.Next() {
+		if k := it.Key(); strings.IndexByte(but, k[1]) < 0 {
+			fmt.Fprintf(&out, "%c %s = %s\n", k[1], hex.EncodeToString(k[1:]), hex.EncodeToString(it.Value()))
+		}
+	}
+	return out.String()
+}
+
+// content is the state without the clients' bookkeeping.
+func (r *replica) content() string { return dump(r.t, r.db, "uvd") }
+
+func (r *replica) replay() {
+	r.t.Helper()
+	db := openDB(r.t)
+	defer db.Close()
+	var m Machine
+	b := db.NewIndexedBatch()
+	for i, cmd := range r.log {
+		m.ApplyTo(b, space, uint64(i+1), cmd)
+		if i%5 == 4 || i == len(r.log)-1 {
+			if err := b.Commit(pebble.NoSync); err != nil {
+				r.t.Fatalf("%v", err)
+			}
+			b = db.NewIndexedBatch()
+		}
+	}
+	if a, b := dump(r.t, r.db, ""), dump(r.t, db, ""); a != b {
+		r.t.Fatalf("replicas differ\n%s\n---\n%s", a, b)
+	}
+}
+
+func (r *replica) info() Info {
+	r.t.Helper()
+	i, err := r.view().Info()
+	if err != nil {
+		r.t.Fatalf("%v", err)
+	}
+	return i
+}
+
+func TestFounding(t *testing.T) {
+	r := newReplica(t)
+	defer r.close()
+	if _, err := r.view().Info(); !errs.Has(err, errs.NotFound) {
+		t.Fatal(err)
+	}
+	if res := r.do(Command{GrantJobs: 1}); errs.Class(res.Refusal.Err) != errs.Unavailable {
+		t.Fatalf("%+v", res)
+	}
+	r = founded(t)
+	defer r.close()
+	r.refuse(Command{Init: &Init{Name: "other"}}, errs.Exists, "founded already")
+	m, err := r.view().Member(1)
+	if err != nil || m.Hostname != "alpha" || m.State != Active || m.Role != RoleStore || m.Joined != 1 || m.JoinedAt != 100 {
+		t.Fatalf("%+v %v", m, err)
+	}
+	if i := r.info(); string(i.CAKey) != "key" || i.NextNode != 2 || i.NextJob != 1 || i.Revision != 1 {
+		t.Fatalf("%+v", i)
+	}
+}
+
+func TestJoining(t *testing.T) {
+	r := founded(t)
+	defer r.close()
+	r.must(Command{AddToken: &Token{ID: TokenID{7}, Expires: 1000, Uses: 2, Role: RoleStore}})
+	r.must(Command{AddToken: &Token{ID: TokenID{8}, Expires: 500, Uses: 1, Role: RoleClient}})
+	r.refuse(Command{AddToken: &Token{ID: TokenID{8}, Uses: 1, Role: RoleClient}}, errs.Exists, "exists")
+	r.refuse(Command{AddToken: &Token{ID: TokenID{9}, Role: RoleClient}}, errs.Invalid, "0 uses")
+	join := func(token, key byte, now int64) Command {
+		return Command{AddMember: &AddMember{Token: TokenID{token}, Key: KeyHash{key}, Hostname: fmt.Sprint("h", key), Addr: "a:1", Now: now}}
+	}
+	if n := r.must(join(7, 10, 999)).Node; n != 2 {
+		t.Fatalf("node %d", n)
+	}
+	r.refuse(join(9, 11, 1), errs.Unauthorized, "not one of this cluster")
+	r.refuse(join(7, 11, 1000), errs.Unauthorized, "expired")
+	c := join(8, 12, 1)
+	c.AddMember.Role = RoleStore
+	r.refuse(c, errs.Unauthorized, "role")
+	if n := r.must(join(8, 12, 1)).Node; n != 3 {
+		t.Fatalf("node %d", n)
+	}
+	r.refuse(join(8, 13, 1), errs.Unauthorized, "used up")
+	if n := r.must(join(8, 12, 9999)).Node; n != 3 { // asked again, too late
+		t.Fatalf("node %d", n)
+	}
+	m, err := r.view().Member(3)
+	if err != nil || m.Role != RoleClient || m.State != Joining || m.Token != (TokenID{8}) {
+		t.Fatalf("%+v %v", m, err)
+	}
+	tokens, err := r.view().Tokens()
+	if err != nil || len(tokens) != 2 || tokens[0].Uses != 1 || tokens[1].Uses != 0 {
+		t.Fatalf("%+v %v", tokens, err)
+	}
+
+	rev := r.info().Revision
+	up := func(u UpdateMember) Command { return Command{UpdateMember: &u} }
+	r.must(up(UpdateMember{Node: 3, State: Active}))
+	r.must(up(UpdateMember{Node: 3, State: Active}))
+	if got := r.info().Revision; got != rev+1 {
+		t.Fatalf("revision %d after %d", got, rev)
+	}
+	r.must(up(UpdateMember{Node: 3, Addr: "b:2", Labels: map[string]string{"room": "attic"}}))
+	r.refuse(up(UpdateMember{Node: 3, State: Joining}), errs.Invalid, "again")
+	r.refuse(up(UpdateMember{Node: 9, State: Active}), errs.NotFound, "n9")
+	r.must(up(UpdateMember{Node: 3, State: Removed}))
+	r.must(up(UpdateMember{Node: 3, State: Removed}))
+	r.refuse(up(UpdateMember{Node: 3, Addr: "c:3"}), errs.Stale, "removed")
+	if m, err := r.view().Member(3); err != nil || m.Addr != "b:2" || m.Labels["room"] != "attic" || m.State.String() != "removed" {
+		t.Fatalf("%+v %v", m, err)
+	}
+	// Its id does not come back, not even to the same machine.
+	r.refuse(join(8, 12, 1), errs.Unauthorized, "used up")
+	if n := r.must(join(7, 12, 1)).Node; n != 4 {
+		t.Fatalf("node %d", n)
+	}
+	r.must(Command{DropToken: &TokenID{7}})
+	r.refuse(Command{DropToken: &TokenID{7}}, errs.NotFound, "no such token")
+	if all, err := r.view().Members(); err != nil || len(all) != 4 {
+		t.Fatalf("%+v %v", all, err)
+	}
+	for i := range MaxTokens + 10 {
+		r.must(Command{AddToken: &Token{ID: TokenID{200, byte(i), byte(i >> 8)}, Expires: int64(10000 + i), Uses: 1, Role: RoleStore}})
+	}
+	if tokens, err := r.view().Tokens(); err != nil || len(tokens) != MaxTokens {
+		t.Fatalf("%d tokens, %v", len(tokens), err)
+	}
+	r.replay()
+}
+
+func TestJobs(t *testing.T) {
+	r := founded(t)
+	defer r.close()
+	if first := r.must(Command{GrantJobs: 100}).FirstJob; first != 1 {
+		t.Fatalf("first job %d", first)
+	}
+	if first := r.must(Command{GrantJobs: 5000}).FirstJob; first != 101 {
+		t.Fatalf("first job %d", first)
+	}
+	put := func(j Job) errs.Class {
+		t.Helper()
+		res := r.must2(Command{PutJobs: []Job{j}})
+		return errs.Class(res.Jobs[0].Err)
+	}
+	job := Job{ID: 5, Incarnation: 1, Home: 1, Node: 2, Argv: [][]byte{[]byte("a\xff")}, Cwd: "/", State: JobRunning, Started: 3}
+	with := func(inc ids.Incarnation, s JobState, code int32) Job {
+		j := job
+		j.Incarnation, j.State, j.ExitCode = inc, s, code
+		return j
+	}
+	for i, c := range []struct {
+		job  Job
+		want errs.Class
+	}{
+		{with(1, JobRunning, 0), 0},
+		{with(1, JobRunning, 0), 0},
+		{with(2, JobRunning, 0), 0},
+		{with(1, JobExited, 1), errs.Stale}, // an older life
+		{with(2, JobLost, 0), 0},
+		{with(2, JobRunning, 0), errs.Stale},
+		{with(2, JobExited, 3), 0}, // it was seen to end after all
+		{with(2, JobExited, 3), 0},
+		{with(2, JobExited, 4), errs.Stale},
+		{with(2, JobLost, 0), errs.Stale},
+		{with(3, JobRunning, 0), errs.Stale}, // does not live again
+		{Job{ID: 6000, State: JobRunning}, errs.Invalid},
+		{Job{ID: 6}, errs.Invalid},
+		{Job{ID: 6, State: JobRunning, Receipt: make([]byte, MaxReceipt+1)}, errs.TooLarge},
+	} {
+		if got := put(c.job); got != c.want {
+			t.Fatalf("%d: %+v: got %v, want %v", i, c.job, got, c.want)
+		}
+	}
+	j, err := r.view().Job(5)
+	if err != nil || j.State != JobExited || j.ExitCode != 3 || string(j.Argv[0]) != "a\xff" || j.FinishedAt == 0 {
+		t.Fatalf("%+v %v", j, err)
+	}
+	if i := r.info(); i.Unfinished != 0 || i.Finished != 1 {
+		t.Fatalf("%+v", i)
+	}
+	put(Job{ID: 6, State: JobRunning})
+	for id := ids.Job(200); id < 200+MaxFinished+50; {
+		var jobs []Job
+		for range 50 {
+			jobs = append(jobs, Job{ID: id, State: JobKilled, Signal: 9})
+			id++
+		}
+		r.must(Command{PutJobs: jobs})
+	}
+	all, err := r.view().Jobs()
+	if err != nil || len(all) != MaxFinished+1 || all[0].ID != 6 || all[1].ID != 250 {
+		t.Fatalf("%d jobs, %+v %v", len(all), all[:2], err)
+	}
+	if i := r.info(); i.Unfinished != 1 || i.Finished != MaxFinished {
+		t.Fatalf("%+v", i)
+	}
+	if _, err := r.view().Job(5); !errs.Has(err, errs.NotFound) {
+		t.Fatal(err)
+	}
+	r.replay()
+}
+
+// must2 is must for commands whose single jobs may be refused.
+func (r *replica) must2(c Command) *Result {
+	r.t.Helper()
+	res := r.do(c)
+	if res.Refusal.refused() {
+		r.t.Fatalf("%+v: %+v", c, res)
+	}
+	return res
+}
+
+// TestJobsOnlyGoForward puts records of one job in any order: what the record
+// says never goes back, and its counts hold.
+func TestJobsOnlyGoForward(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		r := founded(rt)
+		defer r.close()
+		r.must(Command{GrantJobs: 4})
+		last := map[ids.Job]Job{}
+		for range rapid.IntRange(1, 30).Draw(rt, "puts") {
+			j := Job{
+				ID: ids.Job(rapid.IntRange(1, 3).Draw(rt, "job")), Incarnation: ids.Incarnation(rapid.IntRange(1, 3).Draw(rt, "incarnation")),
+				State: JobState(rapid.IntRange(1, 4).Draw(rt, "state")), ExitCode: int32(rapid.IntRange(0, 1).Draw(rt, "code")),
+			}
+			r.must2(Command{PutJobs: []Job{j}})
+			var unfinished, finished uint64
+			all, err := r.view().Jobs()
+			if err != nil {
+				rt.Fatalf("%v", err)
+			}
+			for _, now := range all {
+				was, known := last[now.ID]
+				seen := was.State == JobExited || was.State == JobKilled
+				if known && (now.Incarnation < was.Incarnation || seen && now.FinishedAt != was.FinishedAt ||
+					now.Incarnation == was.Incarnation && was.State == JobLost && now.State == JobRunning) {
+					rt.Fatalf("went from %+v to %+v", was, now)
+				}
+				last[now.ID] = now
+				if now.State.Finished() {
+					finished++
+				} else {
+					unfinished++
+				}
+			}
+			if i := r.info(); i.Finished != finished || i.Unfinished != unfinished {
+				rt.Fatalf("%+v, want %d and %d", i, finished, unfinished)
+			}
+			if n := strings.Count(r.content(), "f 66"); uint64(n) != finished {
+				rt.Fatalf("%d keys of finished jobs, want %d", n, finished)
+			}
+		}
+		r.replay()
+	})
+}
+
+func TestExactlyOnce(t *testing.T) {
+	r := founded(t)
+	defer r.close()
+	grant := func(client, seq, acked uint64) *Result {
+		return r.apply(Command{Client: client, Seq: seq, Acked: acked, GrantJobs: 10})
+	}
+	first := grant(5, 1, 0)
+	if again := grant(5, 1, 0); !bytes.Equal(wire.MustMarshal(again), wire.MustMarshal(first)) || r.info().NextJob != 11 {
+		t.Fatalf("%+v, want %+v", again, first)
+	}
+	if grant(6, 1, 0).FirstJob != 11 || grant(5, 3, 3).FirstJob != 21 {
+		t.Fatal("other commands")
+	}
+	if res := grant(5, 1, 0); errs.Class(res.Refusal.Err) != errs.Stale {
+		t.Fatalf("%+v", res)
+	}
+	if res := grant(5, 3+Window, 0); errs.Class(res.Refusal.Err) != errs.Busy {
+		t.Fatalf("%+v", res)
+	}
+	for c := range uint64(MaxClients) {
+		r.apply(Command{Client: 1000 + c, Seq: 1, DropToken: &TokenID{}})
+	}
+	if i := r.info(); i.Clients != MaxClients {
+		t.Fatalf("%d clients", i.Clients)
+	}
+	state := dump(t, r.db, "")
+	if n := strings.Count(state, "u 75"); n != MaxClients || n != strings.Count(state, "v 76") || n != strings.Count(state, "d 64") {
+		t.Fatalf("%d clients", n)
+	}
+	r.replay()
+}
+
+func TestChangesAreTold(t *testing.T) {
+	r := founded(t)
+	defer r.close()
+	var told []uint64
+	r.m.OnChange = func(rev uint64) { told = append(told, rev) }
+	r.must(Command{GrantJobs: 1})
+	r.refuse(Command{DropToken: &TokenID{}}, errs.NotFound, "")
+	r.must(Command{GrantJobs: 1})
+	r.m.Applied(r.index + 100) // a snapshot was installed
+	if fmt.Sprint(told) != "[2 3 0]" {
+		t.Fatalf("told %v", told)
+	}
+}
+
+func TestBadCommands(t *testing.T) {
+	r := founded(t)
+	defer r.close()
+	for _, c := range []struct {
+		what string
+		cmd  []byte
+		want errs.Class
+	}{
+		{"nothing", nil, errs.Corrupt},
+		{"garbage", []byte{0xff}, errs.Corrupt},
+		{"empty", wire.MustMarshal(Command{Client: 1, Seq: 99}), errs.Invalid},
+		{"two things", wire.MustMarshal(Command{Client: 1, Seq: 99, GrantJobs: 1, DropToken: &TokenID{}}), errs.Invalid},
+		{"no client", wire.MustMarshal(Command{Seq: 99, GrantJobs: 1}), errs.Invalid},
+		{"no sequence", wire.MustMarshal(Command{Client: 1, GrantJobs: 1}), errs.Invalid},
+		{"too long", make([]byte, MaxCommand+1), errs.TooLarge},
+	} {
+		was := dump(t, r.db, "")
+		if res := r.raw(c.cmd); errs.Class(res.Refusal.Err) != c.want {
+			t.Errorf("%s: %+v, want %v", c.what, res, c.want)
+		}
+		if dump(t, r.db, "") != was {
+			t.Errorf("%s changed the state", c.what)
+		}
+	}
+	if res := r.apply(Command{Barrier: true}); res.Refusal.Err != 0 || res.Revision != 1 {
+		t.Fatalf("%+v", res)
+	}
+	r.refuse(Command{GrantJobs: MaxGrant + 1}, errs.TooLarge, "job ids")
+	r.refuse(Command{PutJobs: make([]Job, MaxPut+1)}, errs.TooLarge, "jobs")
+	r.refuse(Command{AddMember: &AddMember{Hostname: strings.Repeat("h", MaxText+1)}}, errs.TooLarge, "host name")
+}
+
+func TestDamagedStateIsAnError(t *testing.T) {
+	r := founded(t)
+	defer r.close()
+	s := store{prefix: space.Key()}
+	if err := r.db.Set(s.key(tagMember, 1), []byte{0xff}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.view().Members(); !errs.Has(err, errs.Corrupt) {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err, ok := recover().(error); !ok || !errors.Is(err, errs.Corrupt.Err()) {
+			t.Fatalf("Apply went on over a damaged state: %v", err)
+		}
+	}()
+	r.do(Command{UpdateMember: &UpdateMember{Node: 1, Addr: "x"}})
+}
+
+func story(t fataler) *replica {
+	r := founded(t)
+	r.must(Command{AddToken: &Token{ID: TokenID{7}, Expires: 1000, Uses: 2, Role: RoleStore}})
+	r.must(Command{AddMember: &AddMember{Token: TokenID{7}, Key: KeyHash{2}, Hostname: "beta", Addr: "beta:7400", Labels: map[string]string{"b": "2", "a": "1"}, Now: 200}})
+	r.must(Command{UpdateMember: &UpdateMember{Node: 2, State: Active}})
+	r.must(Command{GrantJobs: 64})
+	r.must(Command{PutJobs: []Job{
+		{ID: 1, Incarnation: 1, Home: 1, Node: 2, User: "ana", Uid: 1000, Argv: [][]byte{[]byte("make"), []byte("-j8")}, Cwd: "/unum", State: JobRunning, Started: 5, Receipt: []byte{1}},
+		{ID: 2, Incarnation: 1, Home: 1, Node: 2, Argv: [][]byte{[]byte("true")}, Cwd: "/", State: JobExited, ExitCode: 1, Detached: true, Started: 5, Ended: 6, Name: "t"},
+	}})
+	return r
+}
+
+func TestLayoutIsGolden(t *testing.T) {
+	r := story(t)
+	defer r.close()
+	const file = "testdata/layout.golden"
+	got := []byte(dump(t, r.db, ""))
+	if *update {
+		if err := os.WriteFile(file, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Fatalf("the state's format changed: got\n%s\nwant\n%s", got, want)
+	}
+	r.replay()
+}
+
+func FuzzCommand(f *testing.F) {
+	r := story(f)
+	for _, cmd := range r.log {
+		f.Add(cmd)
+	}
+	f.Cleanup(r.close)
+	f.Fuzz(func(t *testing.T, cmd []byte) {
+		b := r.db.NewIndexedBatch() // never committed: each input meets the same state
+		defer b.Close()
+		var m Machine
+		res := m.ApplyTo(b, space, r.index+1, cmd)
+		if _, err := wire.Marshal(res); err != nil {
+			t.Fatalf("a result that cannot be encoded: %v", err)
+		}
+		if c, err := DecodeCommand(cmd); err == nil {
+			if _, err := DecodeCommand(wire.MustMarshal(c)); err != nil {
+				t.Fatalf("encoded again it is refused: %v", err)
+			}
+		} else if res.Refusal.Err == 0 {
+			t.Fatalf("%v, and was done", err)
+		}
+	})
+}

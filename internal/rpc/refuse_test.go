@@ -1,0 +1,179 @@
+package rpc
+
+import (
+	"context"
+	"crypto/tls"
+	"io"
+	"math/rand/v2"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+)
+
+func TestRefusals(t *testing.T) {
+	n := newLAN(t)
+	n.start(1, nil, echo)
+	ctx := within(t, 20*time.Second)
+	other, err := identity.NewCA("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := func(what string, e *running, to ids.Node) {
+		t.Helper()
+		if _, err := e.Call(ctx, to, "echo", nil, nil, nil); !errs.Has(err, errs.Unauthorized) {
+			t.Errorf("%s: call: %v (%v)", what, err, errs.ClassOf(err))
+		}
+		if _, err := e.Dial(ctx, to, "x"); !errs.Has(err, errs.Unauthorized) {
+			t.Errorf("%s: dial: %v", what, err)
+		}
+	}
+	foreign := n.start(2, holder(t, other, 2, time.Now()), echo)
+	refused("another authority", foreign, 1)
+	expired := n.start(3, holder(t, n.ca, 3, time.Now().Add(-2*identity.NodeValidity)), echo)
+	refused("expired client", expired, 1)
+	fine := n.start(4, nil, echo)
+	refused("expired server", fine, 3)
+	refused("server of another authority", fine, 2)
+
+	n.mu.Lock()
+	n.at[5] = n.at[1]
+	n.mu.Unlock()
+	refused("another node than meant", fine, 5)
+
+	// A member that is removed loses its connections and gets no new ones.
+	if _, err := fine.Call(ctx, 1, "echo", nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.mu.Lock()
+	n.out[4] = true
+	n.mu.Unlock()
+	until(t, 3*time.Second, "removed member is refused", func() bool {
+		_, err := fine.Call(ctx, 1, "echo", nil, nil, nil)
+		return errs.Has(err, errs.Unauthorized)
+	})
+}
+
+func TestNoCertificate(t *testing.T) {
+	n := newLAN(t)
+	n.start(1, nil, echo)
+	for _, protos := range [][]string{{alpn[laneCall]}, {alpnJoin, alpn[laneCall]}, {"h2"}, nil, {alpnJoin}} {
+		c, err := tls.Dial("tcp", n.at[1], &tls.Config{InsecureSkipVerify: true, NextProtos: protos})
+		if err != nil {
+			continue
+		}
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.Write([]byte("GET / HTTP/1.0\r\n\r\n"))
+		if b, err := io.ReadAll(c); len(b) > 0 || isTimeout(err) {
+			t.Errorf("%q: read %q, %v", protos, b, err)
+		}
+		c.Close()
+	}
+}
+
+func isTimeout(err error) bool {
+	ne, ok := err.(net.Error)
+	return ok && ne.Timeout()
+}
+
+func TestGarbageDisturbsNobody(t *testing.T) {
+	n := newLAN(t)
+	n.start(1, nil, echo)
+	a := n.start(2, nil, nil)
+	ctx := within(t, 20*time.Second)
+	src := rand.NewChaCha8([32]byte{2})
+	var idle []net.Conn
+	for i := range maxHandshakesFrom + 20 { // more than the gate lets in
+		c, err := net.Dial("tcp", n.at[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if i%2 == 0 {
+			b := make([]byte, 512)
+			src.Read(b)
+			c.Write(b)
+		}
+		idle = append(idle, c)
+	}
+	// Calls get through as soon as the gate has closed the idle ones.
+	until(t, handshakeLimit+3*time.Second, "a call gets through", func() bool {
+		_, err := a.Call(ctx, 1, "echo", nil, nil, nil)
+		return err == nil
+	})
+	for _, c := range idle {
+		c.SetReadDeadline(time.Now().Add(handshakeLimit + time.Second))
+		if _, err := io.ReadAll(c); isTimeout(err) {
+			t.Fatal("an idle connection was kept")
+		}
+	}
+}
+
+func TestJoin(t *testing.T) {
+	n := newLAN(t)
+	n.start(1, nil, func(e *Endpoint) {
+		e.HandleJoin(func(ctx context.Context, remote net.Addr, req []byte) ([]byte, error) {
+			if string(req) != "please" {
+				return nil, errs.E(errs.Unauthorized, "join", "", "wrong word")
+			}
+			return []byte("welcome"), nil
+		})
+	})
+	n.start(2, nil, nil)
+	ctx := within(t, 20*time.Second)
+	fp := n.ca.Trust().Fingerprint()
+	got, trust, err := Join(ctx, n.at[1], fp, []byte("please"))
+	if err != nil || string(got) != "welcome" || trust.Fingerprint() != fp || trust.Cluster() != "test" {
+		t.Fatalf("%q %v", got, err)
+	}
+	if _, _, err := Join(ctx, n.at[1], fp, []byte("let me")); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("refused by the handler: %v", err)
+	}
+	fp[3] ^= 1
+	if _, _, err := Join(ctx, n.at[1], fp, []byte("please")); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("wrong fingerprint: %v (%v)", err, errs.ClassOf(err))
+	}
+	if _, _, err := Join(ctx, n.at[2], n.ca.Trust().Fingerprint(), []byte("please")); !errs.Has(err, errs.Unavailable) {
+		t.Fatalf("no handler: %v (%v)", err, errs.ClassOf(err))
+	}
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lis.Close()
+	if _, _, err := Join(ctx, lis.Addr().String(), fp, nil); !errs.Has(err, errs.Unavailable) {
+		t.Fatalf("nobody there: %v (%v)", err, errs.ClassOf(err))
+	}
+}
+
+// FuzzLink feeds bytes to a link as if they came from an accepted peer.
+func FuzzLink(f *testing.F) {
+	n := newLAN(f)
+	e, err := New(n.config(1, holder(f, n.ca, 1, time.Now())))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { e.lis.Close() })
+	e.Handle("echo", func(_ context.Context, _ ids.Node, req, data []byte) (any, []byte, error) { return nil, data, nil })
+	e.HandleCast("say", func(ids.Node, []byte, []byte) {})
+	for _, s := range seeds() {
+		f.Add(s, uint8(laneCall), false)
+		f.Add(s, uint8(laneCast), true)
+	}
+	f.Fuzz(func(t *testing.T, b []byte, lane uint8, dialled bool) {
+		near, far := net.Pipe()
+		raw := newRawConn(near, 4096)
+		l := e.newLink(2, laneKind(lane%uint8(laneMux)), dialled, raw, raw)
+		sink := make(chan struct{})
+		go func() { io.Copy(io.Discard, far); close(sink) }()
+		done := make(chan struct{})
+		go func() { l.run(); close(done) }()
+		far.Write(b)
+		far.Close()
+		<-done
+		<-sink
+	})
+}

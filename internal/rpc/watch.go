@@ -1,0 +1,140 @@
+package rpc
+
+import (
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+)
+
+// The watch asks peers for signs of life and gives up those that give none. A
+// dialler asks, the other side only listens: it hears a question at least every
+// second.
+const (
+	watchTick = 500 * time.Millisecond
+	// idleTick is how often an idle link is asked; one that owes answers is asked
+	// at every tick.
+	idleTick = time.Second
+	// deadAfter is the silence after which a peer that was asked is dead.
+	deadAfter = 2 * time.Second
+	// slowAfter bounds the silence of a peer whose kernel is taking what we send.
+	slowAfter = 10 * time.Second
+	// goneAfter is the silence after which the answering side gives up; it is the
+	// dialler's part to find out sooner.
+	goneAfter = 6 * time.Second
+)
+
+func (e *Endpoint) watch() {
+	t := time.NewTicker(watchTick)
+	defer t.Stop()
+	last := mono()
+	for {
+		select {
+		case <-e.ctx.Done():
+			return
+		case <-t.C:
+		}
+		now := mono()
+		// If this process did not run, the silence is its own.
+		stalled := time.Duration(now-last) > 2*watchTick
+		last = now
+		e.mu.Lock()
+		links := make([]*link, 0, len(e.links))
+		for l := range e.links {
+			links = append(links, l)
+		}
+		e.mu.Unlock()
+		for _, l := range links {
+			if stalled {
+				l.raw.excuse()
+			}
+			e.judge(l)
+		}
+	}
+}
+
+// judge asks a link's peer for a sign of life if it is time, or gives it up.
+func (e *Endpoint) judge(l *link) {
+	if !e.cfg.Allowed(l.peer) {
+		l.close(errs.E(errs.Unauthorized, "", l.peer.String(), "no longer a member of this cluster"))
+		return
+	}
+	silent := l.raw.silence()
+	limit := goneAfter
+	if l.dialled {
+		limit = deadAfter
+		if silent > deadAfter && l.raw.progressing() {
+			limit = slowAfter
+		}
+	}
+	if silent > limit {
+		l.close(errs.E(errs.Unavailable, "", l.peer.String(), "silent for %v", silent.Round(100*time.Millisecond)))
+		return
+	}
+	// Ticks come a little early at times: ask then too.
+	const early = watchTick / 10
+	if l.dialled && (silent > idleTick-early || silent > watchTick-early && l.waiting.Load() > 0) {
+		l.ping()
+	}
+}
+
+// track makes the watch look after a link until untrack.
+func (e *Endpoint) track(l *link) {
+	e.mu.Lock()
+	e.links[l] = struct{}{}
+	e.live[l.peer]++
+	e.stirLocked(l.peer)
+	e.mu.Unlock()
+}
+
+func (e *Endpoint) untrack(l *link) {
+	e.mu.Lock()
+	delete(e.links, l)
+	if e.live[l.peer]--; e.live[l.peer] == 0 {
+		delete(e.live, l.peer)
+	}
+	e.stirLocked(l.peer)
+	e.mu.Unlock()
+}
+
+func (e *Endpoint) stirLocked(n ids.Node) {
+	e.dirty[n] = struct{}{}
+	select {
+	case e.stir <- struct{}{}:
+	default:
+	}
+}
+
+// tellPeers tells OnPeer's functions what changed.
+func (e *Endpoint) tellPeers() {
+	told := make(map[ids.Node]bool) // those told to be up
+	for {
+		select {
+		case <-e.ctx.Done():
+			return
+		case <-e.stir:
+		}
+		e.mu.Lock()
+		changed := make(map[ids.Node]bool)
+		for n := range e.dirty {
+			if up := e.live[n] > 0; up != told[n] {
+				changed[n] = up
+			}
+		}
+		clear(e.dirty)
+		e.mu.Unlock()
+		e.hmu.RLock()
+		fs := e.onPeer
+		e.hmu.RUnlock()
+		for n, up := range changed {
+			if up {
+				told[n] = true
+			} else {
+				delete(told, n)
+			}
+			for _, f := range fs {
+				f(n, up)
+			}
+		}
+	}
+}
