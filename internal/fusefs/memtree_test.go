@@ -16,6 +16,9 @@ import (
 	"github.com/unum-os/unum/internal/volume"
 )
 
+// maxMem is the longest file of a memTree.
+const maxMem = 64 << 20
+
 // memTree is a Tree in memory.
 type memTree struct {
 	valid time.Duration // of attributes; 0: none
@@ -193,6 +196,9 @@ func (t *memTree) SetAttr(ctx context.Context, _ Caller, ino ids.Inode, _ uint64
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if s.Mask&volume.SetSize != 0 && s.Size > maxMem {
+		return Entry{}, no(errs.TooLarge)
+	}
 	if s.Mask&volume.SetMode != 0 {
 		n.attr.Mode = n.attr.Mode&syscall.S_IFMT | s.Mode
 	}
@@ -310,6 +316,10 @@ func (t *memTree) Symlink(ctx context.Context, c Caller, parent ids.Inode, name,
 }
 
 func (t *memTree) Link(ctx context.Context, _ Caller, ino, parent ids.Inode, name string) (Entry, error) {
+	if _, err := t.node(ctx, "linked", ino); err != nil {
+		t.began(ino)
+		return Entry{}, err
+	}
 	e, err := t.add(ctx, "link", parent, name, func() *memNode {
 		n := t.nodes[ino]
 		n.attr.Nlink++
@@ -479,6 +489,9 @@ func (t *memTree) Write(ctx context.Context, ino ids.Inode, _, off uint64, data 
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if off > maxMem {
+		return 0, no(errs.TooLarge)
+	}
 	t.writes = append(t.writes, w)
 	if w.Append {
 		off = uint64(len(n.data))
@@ -532,6 +545,9 @@ func (t *memTree) Fallocate(ctx context.Context, ino ids.Inode, _, off, length u
 	}
 	if mode&^unix.FALLOC_FL_KEEP_SIZE != 0 {
 		return no(errs.NotSupported)
+	}
+	if off > maxMem || length > maxMem {
+		return no(errs.TooLarge)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -277,27 +277,35 @@ print(os.strerror(ctypes.get_errno()) if fd < 0 else 'opened')
 `
 
 func TestInterrupt(t *testing.T) {
-	tree := newMemTree()
-	b := newBlocker("open")
-	tree.hook = b.hook
-	_, dir := up(t, tree, func(c *Config) { c.Patience = 50 * time.Millisecond })
-	p := filepath.Join(dir, "blocked")
-	if err := os.WriteFile(p, []byte("x"), 0o644); err != nil {
-		t.Fatal(err)
+	for _, c := range []struct {
+		name     string
+		sig      syscall.Signal
+		patience time.Duration
+	}{
+		{"caught", syscall.SIGUSR1, 50 * time.Millisecond},
+		{"killed", syscall.SIGTERM, time.Hour}, // patience does not matter
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			tree := newMemTree()
+			b := newBlocker("open")
+			tree.hook = b.hook
+			_, dir := up(t, tree, func(cfg *Config) { cfg.Patience = c.patience })
+			p := filepath.Join(dir, "blocked")
+			if err := os.WriteFile(p, []byte("x"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			took, cmd, out := signalled(t, b, c.sig, pyOpen, p)
+			ws := cmd.ProcessState.Sys().(syscall.WaitStatus)
+			if c.sig == syscall.SIGTERM && (!ws.Signaled() || ws.Signal() != syscall.SIGTERM) {
+				t.Fatalf("ended with %v", cmd.ProcessState)
+			}
+			if c.sig == syscall.SIGUSR1 && out != "Interrupted system call\n" {
+				t.Fatalf("got %q, want EINTR", out)
+			}
+			t.Logf("after %v", took)
+			settled(t, tree)
+		})
 	}
-	t.Run("caught", func(t *testing.T) {
-		_, _, out := signalled(t, b, syscall.SIGUSR1, pyOpen, p)
-		if out != "Interrupted system call\n" {
-			t.Fatalf("got %q, want EINTR", out)
-		}
-	})
-	t.Run("killed", func(t *testing.T) {
-		_, cmd, _ := signalled(t, b, syscall.SIGTERM, pyOpen, p)
-		if ws := cmd.ProcessState.Sys().(syscall.WaitStatus); !ws.Signaled() || ws.Signal() != syscall.SIGTERM {
-			t.Fatalf("ended with %v", cmd.ProcessState)
-		}
-	})
-	settled(t, tree)
 }
 
 func TestSignalDoesNotBreakCallsThatFinishSoon(t *testing.T) {
@@ -473,30 +481,25 @@ func TestPromiseIsWithdrawnAfterAPause(t *testing.T) {
 func TestUnmountWithBusyMount(t *testing.T) {
 	tree := newMemTree()
 	_, dir, end := start(t, tree, func(c *Config) { c.Grace = 100 * time.Millisecond })
-	f, err := os.Create(filepath.Join(dir, "f"))
-	if err != nil {
+	p := filepath.Join(dir, "f")
+	if err := os.WriteFile(p, nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	if err := f.Truncate(4096); err != nil {
+	if err := os.Truncate(p, 8192); err != nil {
 		t.Fatal(err)
 	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		t.Fatal(err)
-	}
-	copy(mem, "mapped")
-	defer unix.Munmap(mem)
+	mem := newMapping(t, p)
+	mem.do("store mapped")
 	if err := end(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.WriteString("x"); !errors.Is(err, syscall.ENOTCONN) && !errors.Is(err, syscall.ECONNABORTED) {
-		t.Fatalf("write after the end: %v", err)
+	if s := mem.do("write"); s == "done" {
+		t.Fatal("written after the end")
 	}
 	if l, err := os.ReadDir(dir); err != nil || len(l) != 0 {
 		t.Fatalf("still mounted: %v %v", l, err)
 	}
-	if !bytes.HasPrefix(tree.nodes[2].data, []byte("mapped")) {
+	if !bytes.HasPrefix(tree.nodes[2].data[4096:], []byte("mapped")) {
 		t.Fatal("dirty mapped pages were lost")
 	}
 }

@@ -90,7 +90,7 @@ func (w *worker) applyChange(g *Group, e *pb.Entry) (*pb.ConfState, error) {
 	if err := proto.Unmarshal(e.Data, cc); err != nil {
 		return nil, errs.E(errs.Corrupt, "apply", fmt.Sprintf("entry %d of group %d", e.GetIndex(), g.id), "%v", err)
 	}
-	g.conf = g.rn.ApplyConfChange(cc)
+	g.conf, g.confAt = g.rn.ApplyConfChange(cc), e.GetIndex()
 	g.resolve(entryID(e), outcome{index: e.GetIndex()})
 	w.h.log.Info("group's replicas changed", "group", uint64(g.id), "voters", g.conf.Voters,
 		"outgoing", g.conf.VotersOutgoing, "learners", g.conf.Learners)

@@ -91,12 +91,13 @@ type network struct {
 	hosts map[ids.Node]*Host
 	cut   map[[2]ids.Node]bool
 	loss  float64
-	tear  int // bytes after which snapshot streams break off; 0: never
+	broke chan struct{} // gets a token when a stream broke off
+	tear  int           // bytes after which snapshot streams break off; 0: never
 	rng   *rand.Rand
 }
 
 func newNetwork() *network {
-	return &network{hosts: map[ids.Node]*Host{}, cut: map[[2]ids.Node]bool{}, rng: rand.New(rand.NewPCG(1, 2))}
+	return &network{hosts: map[ids.Node]*Host{}, cut: map[[2]ids.Node]bool{}, broke: make(chan struct{}, 1), rng: rand.New(rand.NewPCG(1, 2))}
 }
 
 // peer returns the host to, if from reaches it.
@@ -152,7 +153,7 @@ func (e endpoint) Dial(ctx context.Context, to ids.Node, service string) (net.Co
 	e.n.mu.Lock()
 	defer e.n.mu.Unlock()
 	if e.n.tear > 0 {
-		return &torn{Conn: a, left: e.n.tear}, nil
+		return &torn{Conn: a, left: e.n.tear, broke: e.n.broke}, nil
 	}
 	return a, nil
 }
@@ -160,7 +161,8 @@ func (e endpoint) Dial(ctx context.Context, to ids.Node, service string) (net.Co
 // torn flips a bit and closes after some bytes.
 type torn struct {
 	net.Conn
-	left int
+	left  int
+	broke chan struct{}
 }
 
 func (c *torn) Write(b []byte) (int, error) {
@@ -169,6 +171,10 @@ func (c *torn) Write(b []byte) (int, error) {
 		b[len(b)/2] ^= 1
 		c.Conn.Write(b)
 		c.Conn.Close()
+		select {
+		case c.broke <- struct{}{}:
+		default:
+		}
 		return 0, net.ErrClosed
 	}
 	return c.Conn.Write(b)

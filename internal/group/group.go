@@ -287,6 +287,16 @@ func (g *Group) releaseReads() {
 	g.confirmed = left
 }
 
+// awaitApplied returns a reader that is let go when index is applied.
+func (g *Group) awaitApplied(ctx context.Context, index uint64) *reader {
+	r := &reader{ctx: ctx, done: make(chan outcome, 1)}
+	g.mu.Lock()
+	g.confirmed = append(g.confirmed, readBatch{index: index, readers: []*reader{r}})
+	g.mu.Unlock()
+	g.releaseReads()
+	return r
+}
+
 // Leader returns the leader this replica follows, 0 if none, and its term.
 func (g *Group) Leader() (ids.Node, uint64) {
 	g.mu.Lock()

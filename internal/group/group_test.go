@@ -239,6 +239,11 @@ func TestGrow(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	select {
+	case <-n.broke:
+	case <-ctx.Done():
+		t.Fatal("no stream broke off")
+	}
 	if err := g.Promote(ctx, 2, 3); !errs.Has(err, errs.Busy) {
 		t.Fatalf("promotion of empty learners: %v", err)
 	}

@@ -45,6 +45,7 @@ const (
 	tableBytes    = 32 << 20         // of keys and values in one ingested table
 	snapshotStall = 10 * time.Second // without a byte moving, or for the dialling
 	installWait   = 60 * time.Second // for the answer after the end
+	refusalWait   = time.Second      // to get a refusal to a sender that may not be listening yet
 	snapshotRetry = 10               // ticks from a failure to the next attempt
 )
 
@@ -75,11 +76,21 @@ func (w *worker) startSnapshot(g *Group, m *pb.Message) {
 	to := ids.Node(m.GetTo())
 	g.holds[m.GetTo()] = m.GetSnapshot().GetMetadata().GetIndex()
 	h, term := w.h, m.GetTerm()
+	// The state may be behind the configuration raft uses, which has the peer.
+	ready := g.awaitApplied(w.ctx, g.confAt)
 	h.spawn(w.wg, "snapshot sender", func() error {
 		var err error
 		select {
 		case h.sending <- struct{}{}:
-			err = h.sendSnapshot(w.ctx, g, to, term)
+			select {
+			case o := <-ready.done:
+				err = o.err
+			case <-w.ctx.Done():
+				err = w.ctx.Err()
+			}
+			if err == nil {
+				err = h.sendSnapshot(w.ctx, g, to, term)
+			}
 			<-h.sending
 		default:
 			err = errs.E(errs.Busy, "send snapshot", to.String(), "%d are being sent", snapshotsOut)
@@ -275,7 +286,11 @@ func (h *Host) ReceiveSnapshot(ctx context.Context, from ids.Node, c net.Conn) e
 	if f != nil && answer.Refused != "" {
 		err = errors.Join(err, f.discard())
 	}
-	werr := c.SetWriteDeadline(time.Now().Add(snapshotStall))
+	limit := snapshotStall
+	if answer.Refused != "" {
+		limit = refusalWait
+	}
+	werr := c.SetWriteDeadline(time.Now().Add(limit))
 	if werr == nil {
 		werr = wire.WriteFrame(c, frameAnswer, wire.MustMarshal(answer), nil)
 	}

@@ -20,6 +20,7 @@ type stepped struct {
 	rn      *raft.RawNode
 	log     *groupLog
 	conf    *pb.ConfState // in force in raft
+	confAt  uint64        // the entry that brought it, if since the start
 	shown   *pb.ConfState // in the status
 	leading bool
 	lead    uint64

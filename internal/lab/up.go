@@ -158,24 +158,16 @@ func (l *Lab) build(ctx context.Context, cfg *Config) (*state, error) {
 				return s, errs.Wrap(err, "lab up: token from", "n1")
 			}
 		}
-		failed := make([]error, len(s.Nodes))
-		var joins sync.WaitGroup
-		for i, n := range s.Nodes[1:] {
-			joins.Go(func() {
-				info := s.info(n, true, token)
-				if failed[i] = l.startDaemon(ctx, info); failed[i] == nil {
-					failed[i] = l.waitHealthy(ctx, info)
-				}
-				if failed[i] == nil {
-					say("%s is healthy", n.Name)
-				}
-			})
-		}
-		joins.Wait()
-		for _, err := range failed {
-			if err != nil {
+		// One after the other, so that the cluster names them as the lab does.
+		for _, n := range s.Nodes[1:] {
+			info := s.info(n, true, token)
+			if err := l.startDaemon(ctx, info); err != nil {
 				return s, err
 			}
+			if err := l.waitHealthy(ctx, info); err != nil {
+				return s, err
+			}
+			say("%s is healthy", n.Name)
 		}
 	}
 	s.Complete = true

@@ -168,6 +168,7 @@ func Open(cfg Config) (n *Node, err error) {
 	undo = append(undo, n.segs.Close)
 	n.blocks = block.New(block.Config{Self: n.id, RPC: n.ep, Local: n.segs, Key: n.volumeKey,
 		Replicas: n.storing, Alive: n.members.IsAlive, Walk: n.walkBlocks, Log: part("block")})
+	n.ep.Bulk(block.MethodGet) // small questions, large answers
 	n.vice = vice.New(vice.Config{Self: n.id, Group: ids.RootGroup, Replica: n.root,
 		State: vice.NewState(n.host.State(), n.root.Space()), Peers: n.ep, Log: part("vice")})
 	n.root.Watch(func(group.Status) { n.vice.Nudge() })

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -171,6 +172,8 @@ func (n *Node) healthy() error {
 			WithRemedy("start the missing nodes (unum nodes lists them); a majority must be up")
 	case !ok || m.State != record.Active:
 		return errs.E(errs.Unavailable, "health", n.id.String(), "it is not admitted to the cluster yet")
+	case !slices.Contains(r.Voters, n.id) && len(r.Voters) < votersFor(len(n.current())):
+		return errs.E(errs.Unavailable, "health", n.id.String(), "it has no vote in the root volume's group yet")
 	case !n.venus.Ready():
 		return errs.E(errs.Unavailable, "health", n.id.String(), "it has no session with the root volume's leader, n%d", r.Leader)
 	case !n.mounted.Load():

@@ -93,9 +93,7 @@ func TestAdopt(t *testing.T) {
 	if b, _ := os.ReadFile(r.mgrs[2].jobDir(ends) + "/out"); string(b) != "a\nb\n" {
 		t.Errorf("%q", b)
 	}
-	if js := r.mgrs[2].Jobs(); len(js) != 2 {
-		t.Errorf("%d jobs taken over, want 2", len(js))
-	}
+	until(t, "two jobs taken over", func() bool { return len(r.mgrs[2].Jobs()) == 2 })
 	for id, c := range map[ids.Job]struct{ sig, code int }{stays: {int(unix.SIGKILL), 137}, later: {int(unix.SIGUSR1), 12}} {
 		if _, err := r.f.get(1).Call(context.Background(), 2, methodKill, killReq{id, c.sig, 0}, nil, nil); err != nil {
 			t.Error(err)

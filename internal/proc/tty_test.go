@@ -122,7 +122,7 @@ func TestTerminalInput(t *testing.T) {
 	f.WriteString("PS1='#'' '\n")
 	until(t, "prompt", s.has("# "))
 	f.WriteString("sh -c 'echo ready; exec sleep 1000'\n")
-	until(t, "sleep has the terminal", s.has("\nready\r\n"))
+	until(t, "sleep has the terminal", s.has("\rready\r\n"))
 	f.WriteString("\x1a")
 	until(t, "stopped", s.has("Stopped"))
 	f.WriteString("kill %1; exit 21\n")

@@ -123,8 +123,12 @@ func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, erro
 			}
 			pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Extents: es, Size: a.Size, Time: a.Mtime})
 		}
-		if pc.p.set != 0 {
-			pc.ops = append(pc.ops, volume.Op{Kind: volume.OpSetAttr, Ino: ino, Mask: pc.p.set, Mode: a.Mode & 07777,
+		set := pc.p.set
+		if pc.p.trunc != noTrunc || pc.p.grown {
+			set |= volume.SetMtime // as programs here have seen it, to the nanosecond
+		}
+		if set != 0 {
+			pc.ops = append(pc.ops, volume.Op{Kind: volume.OpSetAttr, Ino: ino, Mask: set, Mode: a.Mode & 07777,
 				Uid: a.Uid, Gid: a.Gid, Atime: a.Atime, Mtime: a.Mtime, Time: a.Ctime})
 		}
 	}

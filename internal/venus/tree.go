@@ -167,8 +167,8 @@ func (in *inode) touch(t int64) {
 
 // modify stamps a change of content. The caller holds in.mu.
 func (in *inode) modify(t int64) {
-	in.attr.Mtime = max(in.attr.Mtime+1, t)
-	in.attr.Ctime = max(in.attr.Ctime+1, in.attr.Mtime)
+	in.attr.Ctime = max(in.attr.Ctime+1, t)
+	in.attr.Mtime = in.attr.Ctime
 }
 
 // alter changes a file under its write lease. f runs with Client.cut shared and

@@ -1,0 +1,84 @@
+package internal
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// layers are the packages from the bottom up, as in docs/architecture.md; those
+// of one line do not import each other unless one is in allowed.
+var layers = [][]string{
+	{"ids", "errs", "wire", "clock"},
+	{"lease", "sched"},
+	{"identity"},
+	{"rpc"},
+	{"member"},
+	{"group"},
+	{"volume", "record"},
+	{"segment", "block"},
+	{"vice"},
+	{"control"},
+	{"fusefs"},
+	{"venus"},
+	{"load", "proc"},
+	{"control/cli"},
+	{"node"},
+	{"lab"},
+}
+
+// part returns the name under which a package stands in layers.
+func part(rank map[string]int, name string) string {
+	if _, ok := rank[name]; ok {
+		return name
+	}
+	top, _, _ := strings.Cut(name, "/")
+	return top
+}
+
+// TestLayers keeps the diagram true, and the rules pure.
+func TestLayers(t *testing.T) {
+	const prefix = "github.com/unum-os/unum/internal/"
+	rank := map[string]int{}
+	for i, l := range layers {
+		for _, p := range l {
+			rank[p] = i
+		}
+	}
+	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./...").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, line := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+		f := strings.Fields(line)
+		name, ok := strings.CutPrefix(f[0], prefix)
+		if !ok {
+			continue
+		}
+		top := part(rank, name)
+		r, known := rank[top]
+		if !known {
+			t.Errorf("package %s is not in docs/architecture.md's layers", name)
+			continue
+		}
+		seen++
+		for _, imp := range f[1:] {
+			if dep, ok := strings.CutPrefix(imp, prefix); ok {
+				dep = part(rank, dep)
+				if dep != top && rank[dep] > r {
+					t.Errorf("%s imports %s, which is above it", name, dep)
+				}
+			}
+			if top == "lease" || top == "sched" {
+				switch imp {
+				case "net", "os", "math/rand", "math/rand/v2", "sync":
+					t.Errorf("%s holds rules only and must not import %s", name, imp)
+				}
+			}
+		}
+	}
+	if seen < len(rank) {
+		t.Fatalf("only %d packages seen", seen)
+	}
+}
