@@ -23,3 +23,6 @@ test: deps build
 
 clean:
 	rm -rf bin cmd/unum/core/unum-core cmd/unum/core/unum-core.id
+
+demo: deps build
+	scripts/demo
