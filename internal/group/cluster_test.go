@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc64"
+	"log/slog"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -193,8 +195,11 @@ type node struct {
 }
 
 func config(n *network, id ids.Node, fs vfs.FS, dead *atomic.Bool) Config {
-	return Config{Self: id, Dir: "/d", Transport: endpoint{n, id, dead}, Tick: testTick, LogBytes: 64 << 10, FS: fs}
+	return Config{Self: id, Dir: "/d", Transport: endpoint{n, id, dead}, Tick: testTick, LogBytes: 64 << 10, FS: fs, Log: complaints}
 }
+
+// complaints shows what the host has to say only when it is an error.
+var complaints = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError}))
 
 // start opens a host; prepare may bootstrap and open before it runs.
 func start(t testing.TB, n *network, id ids.Node, fs vfs.FS, prepare func(*Host)) *node {
@@ -225,6 +230,9 @@ func (nd *node) stop() error {
 	nd.cancel()
 	nd.cancel = nil
 	err := <-nd.ran
+	if err != nil {
+		nd.t.Errorf("%v stopped: %v", nd.id, err)
+	}
 	if cerr := nd.h.Close(); cerr != nil {
 		nd.t.Errorf("close: %v", cerr)
 	}

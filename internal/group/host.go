@@ -155,21 +155,22 @@ func New(cfg Config) (*Host, error) {
 
 func (h *Host) openAll() (err error) {
 	dir := func(name string) string { return filepath.Join(h.cfg.Dir, name) }
-	for _, d := range []string{"raftlog", "state", "snapshots"} {
-		if err := h.fs.MkdirAll(dir(d), 0o700); err != nil {
-			return errs.Wrap(err, "create", dir(d))
-		}
-	}
-	for _, d := range []string{h.cfg.Dir, filepath.Dir(filepath.Clean(h.cfg.Dir))} {
-		if err := syncDir(h.fs, d); err != nil {
-			return err
-		}
+	if err := h.fs.MkdirAll(dir("snapshots"), 0o700); err != nil {
+		return errs.Wrap(err, "create", dir("snapshots"))
 	}
 	if err := clearDir(h.fs, dir("snapshots")); err != nil {
 		return err
 	}
 	cache := pebble.NewCache(cacheBytes)
 	defer cache.Unref() // the databases hold their own references
+	for _, d := range []string{"raftlog", "state"} {
+		if err := createDB(h.fs, dir(d), cache, h.log, h.fail); err != nil {
+			return err
+		}
+	}
+	if err := syncDir(h.fs, filepath.Dir(filepath.Clean(h.cfg.Dir))); err != nil {
+		return err
+	}
 	if h.logDB, _, err = openDB(h.fs, dir("raftlog"), cache, h.log, h.fail); err != nil {
 		return err
 	}
@@ -183,7 +184,9 @@ func (h *Host) openAll() (err error) {
 }
 
 // guard runs f, which uses the databases. A fatal error of theirs ends the
-// goroutine or panics, and so fails f, not the caller.
+// goroutine or panics, and so fails f, not the caller. It may also end one of
+// the engine's own goroutines, for which f then waits without end: guard leaves
+// f behind and returns the error, after which the host is of no use.
 func (h *Host) guard(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -199,7 +202,12 @@ func (h *Host) guard(f func() error) error {
 		}()
 		err = f()
 	}()
-	return <-done
+	select {
+	case err := <-done:
+		return err
+	case <-h.failed:
+		return h.failure()
+	}
 }
 
 // panicErr makes an error of what was recovered; a disk's error keeps its class.

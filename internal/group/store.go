@@ -57,6 +57,33 @@ func openDB(fsys vfs.FS, dir string, cache *pebble.Cache, log *slog.Logger, fata
 	return db, o, nil
 }
 
+// createDB makes an empty database, unless there is one, and gives it its name
+// only when it is whole: a crash while the engine makes its first files may
+// leave what it cannot open.
+func createDB(fsys vfs.FS, dir string, cache *pebble.Cache, log *slog.Logger, fatal func(error)) error {
+	if _, err := fsys.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return errs.Wrap(err, "open", dir)
+	}
+	draft := dir + ".new"
+	if err := fsys.RemoveAll(draft); err != nil {
+		return errs.Wrap(err, "remove", draft)
+	}
+	db, _, err := openDB(fsys, draft, cache, log, fatal)
+	if err != nil {
+		return err
+	}
+	if err := db.Close(); err != nil {
+		return dbErr(err, "create", draft)
+	}
+	if err := syncDir(fsys, draft); err != nil {
+		return err
+	}
+	if err := fsys.Rename(draft, dir); err != nil {
+		return errs.Wrap(err, "create", dir)
+	}
+	return syncDir(fsys, fsys.PathDir(dir))
+}
+
 // dbErr gives err of a database operation its class.
 func dbErr(err error, op, subject string) error {
 	if err == nil {
