@@ -8,9 +8,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/proc/shim"
 	"github.com/unum-os/unum/internal/wire"
 )
@@ -21,7 +23,8 @@ type meta struct {
 	Shim   int       `cbor:"2,keyasint"` // pid
 	Born   uint64    `cbor:"3,keyasint"` // its start time in clock ticks after boot: pids come again
 	Boot   string    `cbor:"4,keyasint"` // the boot it ran in
-	PGID   int       `cbor:"5,keyasint"` // the program's process group, in the daemon's namespace
+	PGID   int       `cbor:"5,keyasint"` // the program's pid and process group, in the daemon's namespace; 0 unknown
+	Since  uint64    `cbor:"6,keyasint"` // the program's start time
 }
 
 func bootID() string {
@@ -47,13 +50,13 @@ func born(pid int) uint64 {
 // writeMeta leaves in dir what a later life of the daemon needs.
 func writeMeta(dir string, j *job) error {
 	j.mu.Lock()
-	mt := meta{Record: j.rec, Shim: j.proc.Pid, Born: born(j.proc.Pid), Boot: bootID(), PGID: j.program}
+	mt := meta{Record: j.rec, Shim: j.proc.Pid, Born: born(j.proc.Pid), Boot: bootID()}
 	cgs := j.cg.pids()
 	j.mu.Unlock()
 	// The program's pid here is the one whose innermost number the shim told.
 	for _, pid := range append(children(mt.Shim), cgs...) {
 		if pid != mt.Shim && innerPid(pid) == j.program {
-			mt.PGID = pid
+			mt.PGID, mt.Since = pid, born(pid)
 			break
 		}
 	}
@@ -126,7 +129,7 @@ func (m *Manager) adoptAll(ctx context.Context) {
 			continue
 		}
 		j := &job{m: m, l: launch{Job: mt.Record.Job, Incarnation: mt.Record.Incarnation, Detach: true}, home: mt.Record.Home,
-			rec: mt.Record, pgid: mt.PGID, program: mt.PGID, cg: m.cg.find(groupName(mt.Shim)), over: make(chan struct{})}
+			rec: mt.Record, adopted: &mt, cg: m.cg.find(groupName(mt.Shim)), over: make(chan struct{})}
 		fd, alive := -1, false
 		if mt.Boot == bootID() && born(mt.Shim) == mt.Born && mt.Born != 0 {
 			fd, err = unix.PidfdOpen(mt.Shim, 0)
@@ -160,6 +163,21 @@ func (m *Manager) adoptAll(ctx context.Context) {
 			}
 		}()
 	}
+}
+
+// signal sends sig to the program's process group. The shim would do it, but its
+// link went with the earlier daemon.
+func (mt *meta) signal(sig int) error {
+	if mt.PGID <= 1 || born(mt.PGID) != mt.Since || mt.Since == 0 {
+		return errs.E(errs.NotFound, "", "", "the first process of job %d has ended", mt.Record.Job)
+	}
+	if sig == int(unix.SIGTSTP) {
+		sig = int(unix.SIGSTOP)
+	}
+	if err := unix.Kill(-mt.PGID, syscall.Signal(sig)); err != nil && err != unix.ESRCH {
+		return errs.Wrap(err, "signal", fmt.Sprintf("job %d", mt.Record.Job))
+	}
+	return nil
 }
 
 // awaitPidfd waits for the end of a process that is not a child; false if ctx

@@ -41,7 +41,7 @@ type job struct {
 	rec     JobRecord
 	link    *net.UnixConn // to the shim; nil for an adopted job
 	proc    *os.Process   // the shim; nil before its start
-	pgid    int           // of an adopted job's program, in this namespace
+	adopted *meta         // what is known of an adopted job; nil for others
 	program int           // pid of the program, as the shim sees it
 	cg      *cgroup
 	lease   clock.Instant // end of an attached job's
@@ -457,17 +457,8 @@ func (j *job) expire(limit time.Duration) {
 
 // signal sends sig to the program's process group.
 func (j *job) signal(sig int) error {
-	j.mu.Lock()
-	pgid := j.pgid
-	j.mu.Unlock()
-	if pgid != 0 {
-		if sig == int(unix.SIGTSTP) {
-			sig = int(unix.SIGSTOP)
-		}
-		if err := unix.Kill(-pgid, syscall.Signal(sig)); err != nil && err != unix.ESRCH {
-			return errs.Wrap(err, "signal", fmt.Sprintf("job %d", j.l.Job))
-		}
-		return nil
+	if j.adopted != nil {
+		return j.adopted.signal(sig)
 	}
 	return j.tell(shim.ToShim{Signal: sig})
 }

@@ -22,6 +22,9 @@ const pipeSize = 256 << 10
 // from a process elsewhere that was given the descriptor.
 const stray = 50 * time.Millisecond
 
+// reopen is how often a terminal that nobody has open is looked at again.
+const reopen = 20 * time.Millisecond
+
 // jobIO is the node's side of a job's descriptors.
 type jobIO struct {
 	child  [3]*os.File          // what the program gets; closed here once it has them
@@ -295,13 +298,35 @@ func (o *jobIO) output(r *os.File, c <-chan net.Conn, dead <-chan struct{}, both
 		go pump(r, conn) // what is typed; ends with conn, or with the terminal
 	}
 	rerr, werr := pump(conn, r)
+	for both && werr == nil && errors.Is(rerr, unix.EIO) && !closed(dead) {
+		// Nobody has the terminal open just now, but someone of its session may
+		// open it again; to close it would hang up on them.
+		t := time.NewTimer(reopen)
+		select {
+		case <-dead:
+		case <-t.C:
+		}
+		t.Stop()
+		rerr, werr = pump(conn, r)
+	}
 	if werr == nil && errors.Is(rerr, os.ErrDeadlineExceeded) {
 		werr = drain(conn, r)
 	}
 	if werr == nil {
 		closeWrite(conn)
 	}
-	r.Close()
+	if !both {
+		r.Close()
+	}
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 // drain writes what a pipe or terminal still holds, without waiting for more.

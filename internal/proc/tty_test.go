@@ -117,6 +117,13 @@ func TestTerminalInput(t *testing.T) {
 	if c.ProcessState.ExitCode() != 0 {
 		t.Errorf("%v", c.ProcessState)
 	}
+	// Nobody has the terminal open for a while.
+	c, f, s = r.terminal("run", "sh", "-c", "exec <&- >&- 2>&-; sleep 0.2; exec </dev/tty >/dev/tty; read x; echo $x; exit 5")
+	f.WriteString("again\n")
+	c.Wait()
+	if c.ProcessState.ExitCode() != 5 || !s.has("again\r\nagain\r\n")() {
+		t.Errorf("%v: %q", c.ProcessState, s.String())
+	}
 	// A shell with job control.
 	c, f, s = r.terminal("run", "bash", "--norc", "-i")
 	f.WriteString("PS1='#'' '\n")
