@@ -39,7 +39,7 @@ type inode struct {
 	inflight int  // requests for content that use the lease, until they are replied
 	replies  int  // of these: done but for their reply to the kernel
 
-	// Under a lease.
+	// Under a lease; without one attr is what was seen last.
 	attr     volume.Attr
 	target   string            // symbolic link, if not empty
 	xattrs   map[string][]byte // nil: not known
@@ -466,6 +466,11 @@ func (c *Client) epoch() uint64 {
 // entry makes what the kernel is told of an inode, under in.mu.
 func (c *Client) entry(in *inode) fusefs.Entry {
 	e := fusefs.Entry{Attr: in.attr}
+	for _, p := range []*pending{in.shipping, in.pending} {
+		if p != nil { // overwritten or new: known when it is shipped, new is likely
+			e.Attr.Alloc = max(e.Attr.Alloc, min(e.Attr.Alloc+uint64(p.bytes), e.Attr.Size))
+		}
+	}
 	if in.known && !in.isDir() && c.holds(in, vice.Read) {
 		e.Until = clock.Instant(c.expires.Load())
 	}

@@ -159,6 +159,7 @@ func (c *Client) create(ctx context.Context, caller fusefs.Caller, op volume.Op,
 		in.lookups++
 		if at := attrOf(res, res.Ino); at != nil {
 			a = *at
+			in.seen(at)
 		}
 		if open {
 			in.opens++

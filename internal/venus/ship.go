@@ -56,7 +56,11 @@ func (c *Client) ship(ctx context.Context) error {
 		r, _, _, err = c.apply(ctx, ops, nil, nil)
 	}
 	if err == nil {
+		alloc := make(map[ids.Inode]uint64, len(parcels))
 		for i := range r.Results {
+			if a := attrOf(&r.Results[i], ops[i].Ino); a != nil {
+				alloc[a.Ino] = a.Alloc
+			}
 			if e := r.Results[i]; e.Err != 0 && errs.Class(e.Err) != errs.NotFound {
 				// The state machine refuses what was done under a lease: a bug here
 				// or there. Nothing of this operation was done.
@@ -64,7 +68,7 @@ func (c *Client) ship(ctx context.Context) error {
 				c.cfg.Log.Error("shipped operation refused", "inode", uint64(ops[i].Ino), "kind", ops[i].Kind, "why", e.Why)
 			}
 		}
-		c.shipped(parcels)
+		c.shipped(parcels, alloc)
 		return err
 	}
 	c.unship(parcels)
@@ -160,13 +164,15 @@ func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, erro
 	return ops, nil
 }
 
-// shipped takes committed parcels into the base.
-func (c *Client) shipped(parcels []*parcel) {
+// shipped takes committed parcels into the base; alloc says how many bytes of
+// each file are covered now.
+func (c *Client) shipped(parcels []*parcel, alloc map[ids.Inode]uint64) {
 	for _, pc := range parcels {
 		in := pc.in
 		in.mu.Lock()
 		if in.shipping == pc.p { // else the session was lost meanwhile
 			in.shipping = nil
+			in.attr.Alloc = alloc[in.ino]
 			c.dirty.Add(-int64(pc.p.bytes))
 			in.loads++ // a load in progress may or may not have seen this
 			if in.loaded {

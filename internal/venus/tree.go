@@ -76,10 +76,18 @@ func (c *Client) look(ctx context.Context, ino ids.Inode) (fusefs.Entry, error) 
 	if once != nil {
 		e = fusefs.Entry{Attr: *once}
 		in.mu.Lock()
+		in.seen(once)
 		in.lookups++
 		in.mu.Unlock()
 	}
 	return e, err
+}
+
+// seen notes attributes that came without a lease. The caller holds in.mu.
+func (in *inode) seen(a *volume.Attr) {
+	if in.mode == vice.None {
+		in.attr = *a
+	}
 }
 
 func (c *Client) lookupRemote(ctx context.Context, d *inode, name string) (fusefs.Entry, error) {
@@ -115,6 +123,7 @@ func (c *Client) lookupRemote(ctx context.Context, d *inode, name string) (fusef
 	if c.holds(in, vice.Read) {
 		return c.entry(in), nil
 	}
+	in.seen(&r.Attr)
 	return fusefs.Entry{Attr: r.Attr}, nil
 }
 
@@ -142,6 +151,8 @@ func (c *Client) Forget(ino ids.Inode, n uint64) {
 }
 
 // GetAttr returns attributes: under the lease, or once as the leader sees them.
+// Of what is removed, and still named by a descriptor of a program (a directory,
+// or any inode opened with O_PATH), those that were seen last.
 func (c *Client) GetAttr(ctx context.Context, ino ids.Inode) (fusefs.Entry, error) {
 	ctx, cancel := limit(ctx)
 	defer cancel()
@@ -151,8 +162,15 @@ func (c *Client) GetAttr(ctx context.Context, ino ids.Inode) (fusefs.Entry, erro
 		in.known = true
 		e = c.entry(in)
 	})
+	in.mu.Lock()
+	defer in.mu.Unlock()
 	if once != nil {
+		in.seen(once)
 		e = fusefs.Entry{Attr: *once}
+	}
+	if errs.Has(err, errs.NotFound) && in.lookups > 0 && in.attr.Ino == ino {
+		in.attr.Nlink = 0
+		return fusefs.Entry{Attr: in.attr}, nil
 	}
 	return e, err
 }

@@ -3,6 +3,7 @@ package vice
 import (
 	"context"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -101,18 +102,33 @@ func (s *Server) acquire(ctx context.Context, from ids.Node, q *AcquireRequest) 
 	}
 	var r AcquireReply
 	if q.Open {
-		// Noted before the attributes are read: a mutation either sees the opener
-		// or comes before the read, which then finds nothing.
+		// A removal either sees the opener or is over before the attributes are
+		// read, which then finds nothing.
 		l.mu.Lock()
 		l.table.NoteOpen(q.Session, q.Ino)
+		removals := l.removals[q.Ino]
 		l.mu.Unlock()
 		r.Noted = true
+		for _, done := range removals {
+			select {
+			case <-done:
+			case <-ctx.Done():
+				return AcquireReply{}, errs.E(errs.Timeout, "open", "", "its removal by another is not over")
+			case <-l.ctx.Done():
+				return AcquireReply{}, context.Cause(l.ctx)
+			}
+		}
 	}
 	if r.Grant, err = l.lease(ctx, q.Session, q.Ino, q.Mode); err != nil {
 		return AcquireReply{}, err
 	}
 	if r.Attr, err = s.cfg.State.GetAttr(q.Ino); err != nil {
 		l.giveBack(q.Session, r.Grant)
+		if q.Open && errs.Has(err, errs.NotFound) {
+			l.mu.Lock()
+			l.table.Closed(q.Session, q.Ino)
+			l.mu.Unlock()
+		}
 		return AcquireReply{}, err
 	}
 	return r, nil
@@ -290,11 +306,13 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 		}
 		l.unclaim(claim) // a name led elsewhere meanwhile
 	}
-	s.keep(l, q)
+	removed := s.keep(l, q)
+	defer removed() // again, when the proposal failed
 	res, err := l.propose(ctx, &volume.Command{Session: q.Session, Seq: q.Seq, Acked: q.Acked, Ops: q.Ops})
 	if err != nil {
 		return ApplyReply{}, err
 	}
+	removed()
 	r := ApplyReply{Results: res.Ops}
 	l.mu.Lock()
 	recalls := l.answer(l.table.Unclaim(clock.Now(), claim))
@@ -398,18 +416,41 @@ func (s *Server) resolve(l *leadership, q *ApplyRequest) ([]ids.Inode, error) {
 }
 
 // keep tells the operations which sessions have open what they may remove. All
-// leases on it were given back, with word of who has it open.
-func (s *Server) keep(l *leadership, q *ApplyRequest) {
+// leases on it were given back, with word of who has it open. Who opens it from
+// here on waits until removed is called.
+func (s *Server) keep(l *leadership, q *ApplyRequest) (removed func()) {
+	var inos []ids.Inode
+	done := make(chan struct{})
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i := range q.Ops {
-		switch op := &q.Ops[i]; op.Kind {
+		op := &q.Ops[i]
+		ino := op.Ino
+		switch op.Kind {
 		case volume.OpUnlink, volume.OpRmdir:
-			op.Keep = l.table.Openers(op.Ino)
 		case volume.OpRename:
-			op.Keep = l.table.Openers(op.ToIno)
+			ino = op.ToIno
+		default:
+			continue
 		}
+		if ino == 0 {
+			continue
+		}
+		op.Keep = l.table.Openers(ino)
+		inos = append(inos, ino)
+		l.removals[ino] = append(l.removals[ino], done)
 	}
+	return sync.OnceFunc(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for _, ino := range inos {
+			rest := slices.DeleteFunc(slices.Clone(l.removals[ino]), func(c chan struct{}) bool { return c == done })
+			if l.removals[ino] = rest; len(rest) == 0 {
+				delete(l.removals, ino)
+			}
+		}
+		close(done)
+	})
 }
 
 // release takes idle leases back.

@@ -203,8 +203,9 @@ type leadership struct {
 	ticket   uint64
 	waits    map[uint64]chan lease.Effect
 	sessions map[ids.Session]*session
-	locks    map[ids.Inode]chan struct{} // closed when a lock of the inode changed
-	freed    map[ids.Inode]chan struct{} // closed when a lease on the inode ended
+	locks    map[ids.Inode]chan struct{}   // closed when a lock of the inode changed
+	freed    map[ids.Inode]chan struct{}   // closed when a lease on the inode ended
+	removals map[ids.Inode][]chan struct{} // of the inode, proposed; closed when applied or refused
 }
 
 // session is one open session as the leader knows it.
@@ -221,7 +222,7 @@ func newLeadership(ctx context.Context, s *Server, term uint64) *leadership {
 		s: s, term: term, ready: make(chan struct{}),
 		table: lease.New(), waits: map[uint64]chan lease.Effect{},
 		sessions: map[ids.Session]*session{}, locks: map[ids.Inode]chan struct{}{},
-		freed: map[ids.Inode]chan struct{}{},
+		freed: map[ids.Inode]chan struct{}{}, removals: map[ids.Inode][]chan struct{}{},
 	}
 	l.ctx, l.end = context.WithCancelCause(ctx)
 	return l
