@@ -244,6 +244,7 @@ type part struct {
 // them fails.
 func (n *Node) Run(ctx context.Context) error {
 	syscall.Umask(0) // the kernel has applied the caller's mask already
+	favour(n.cfg.Log)
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	parts := []part{

@@ -141,58 +141,51 @@ type registry struct {
 	r   *recordClient
 	out *proc.Outbox
 
+	fetch chan struct{} // semaphore of one
+
 	mu         sync.Mutex
 	next, last ids.Job // ids left: next..last-1
-	fetching   chan struct{}
 }
 
 func newRegistry(r *recordClient, log *slog.Logger) *registry {
-	g := &registry{r: r}
+	g := &registry{r: r, fetch: make(chan struct{}, 1)}
 	g.out = proc.NewOutbox(g.tell, log)
 	return g
 }
 
 // NewID gives the next id of the range, and fetches another when it is used up.
 func (g *registry) NewID(ctx context.Context) (ids.Job, error) {
-	for {
-		g.mu.Lock()
-		if g.next < g.last {
-			id := g.next
-			g.next++
-			g.mu.Unlock()
-			return id, nil
-		}
-		wait := g.fetching
-		if wait == nil {
-			wait = make(chan struct{})
-			g.fetching = wait
-		}
-		mine := wait == g.fetching && g.next == g.last
-		if mine {
-			g.last = g.next + 1 // marks that somebody fetches
-			g.next = g.last
-		}
-		g.mu.Unlock()
-		if !mine {
-			select {
-			case <-wait:
-				continue
-			case <-ctx.Done():
-				return 0, ctx.Err()
-			}
-		}
-		res, err := g.r.do(ctx, record.Command{GrantJobs: jobRange})
-		g.mu.Lock()
-		if err == nil {
-			g.next, g.last = res.FirstJob, res.FirstJob+jobRange
-		}
-		g.fetching = nil
-		close(wait)
-		g.mu.Unlock()
-		if err != nil {
-			return 0, err
-		}
+	if id, ok := g.take(); ok {
+		return id, nil
 	}
+	select {
+	case g.fetch <- struct{}{}:
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	defer func() { <-g.fetch }()
+	if id, ok := g.take(); ok { // another has fetched meanwhile
+		return id, nil
+	}
+	res, err := g.r.do(ctx, record.Command{GrantJobs: jobRange})
+	if err != nil {
+		return 0, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.next, g.last = res.FirstJob+1, res.FirstJob+jobRange
+	return res.FirstJob, nil
+}
+
+// take gives the next id of the range, if there is one.
+func (g *registry) take() (ids.Job, bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.next == g.last {
+		return 0, false
+	}
+	g.next++
+	return g.next - 1, true
 }
 
 // Put tells the record, later and for certain.
