@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// binary is the built unum.
-func binary(t *testing.T) string {
+// builtBinary is the built unum.
+func builtBinary(t *testing.T) string {
 	t.Helper()
 	p, err := filepath.Abs("../bin/unum")
 	if err != nil {
@@ -40,7 +40,7 @@ func up(t *testing.T, nodes int) *cluster {
 	if os.Geteuid() != 0 {
 		t.Skip("cluster tests need root, for namespaces, mounts and loop devices")
 	}
-	c := &cluster{t: t, bin: binary(t), name: fmt.Sprintf("t%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)}
+	c := &cluster{t: t, bin: builtBinary(t), name: fmt.Sprintf("t%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			logs, _ := filepath.Glob("/var/lib/unum-lab/" + c.name + "/logs/*.log")
