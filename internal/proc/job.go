@@ -379,6 +379,7 @@ func (j *job) await(limit int64) *ending {
 		return nil // the daemon ends before the job
 	}
 	j.reap()
+	unsafe := j.secure()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	e := j.why
@@ -388,6 +389,9 @@ func (j *job) await(limit int64) *ending {
 			e = &ending{State: Exited, Code: m.Exited.Code, Signal: m.Exited.Signal}
 		}
 		j.rec.CPU = m.Exited.CPU
+		if unsafe != nil {
+			e = &ending{State: Exited, Code: jobapi.CodeFailed, Text: fmt.Sprintf("the command ended with code %d on node %v, but what it wrote may be lost: %v", e.Code, j.m.cfg.Self, unsafe)}
+		}
 	case e == nil:
 		// The shim ended without a word: its lease was over, or someone killed it.
 		e = &ending{State: Killed, Signal: int(unix.SIGKILL), Text: fmt.Sprintf("the job was killed on node %v: its home was silent for %v", j.m.cfg.Self, leaseTerm)}
@@ -397,6 +401,16 @@ func (j *job) await(limit int64) *ending {
 	}
 	j.finish(e)
 	return e
+}
+
+// secure makes safe what the job wrote, if its end is told to another node.
+func (j *job) secure() error {
+	if j.m.cfg.Settle == nil || j.home == j.m.cfg.Self && !j.record().Detached {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), settleTimeout)
+	defer cancel()
+	return j.m.cfg.Settle(ctx)
 }
 
 // finish makes the record final and tells it. j.mu is held.

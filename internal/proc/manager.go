@@ -37,6 +37,10 @@ type ManagerConfig struct {
 	Accept func(Demand) error
 	// Socket, when set, becomes UNUM_SOCKET of the programs started here.
 	Socket string
+	// Settle makes safe what programs here have written to the tree. It comes
+	// before another node is told that a command has ended well or ill: whoever
+	// knows the exit code can rely on the files. Nil: there is no tree.
+	Settle func(ctx context.Context) error
 }
 
 // maxJobs bounds the jobs of one node: each costs a shim and some ten

@@ -88,6 +88,10 @@ const maxMessage = wire.MaxFrame
 // sendTimeout bounds a control message to a peer that does not read.
 const sendTimeout = 3 * time.Second
 
+// settleTimeout bounds the wait for what a command wrote to be safe: as long as
+// any operation on the tree may take.
+const settleTimeout = 20 * time.Second
+
 // talk is a connection that carries messages in frames. send may be used by
 // several goroutines.
 type talk struct {

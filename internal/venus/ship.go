@@ -75,6 +75,17 @@ func (c *Client) ship(ctx context.Context) error {
 	return err
 }
 
+// Settle ships what is pending, if anything is.
+func (c *Client) Settle(ctx context.Context) error {
+	c.mu.Lock()
+	clean := len(c.dirtySet) == 0
+	c.mu.Unlock()
+	if clean && len(c.ships) == 0 {
+		return nil
+	}
+	return c.ship(ctx)
+}
+
 // takeCut moves everything pending to shipping.
 func (c *Client) takeCut() []*parcel {
 	c.cut.Lock()
