@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -21,6 +23,9 @@ var files embed.FS
 const (
 	coreFile = "core/unum-core"
 	coreID   = "core/unum-core.id"
+	// tokenPrefix is what every join token starts with (package identity, which
+	// is too heavy to be used here).
+	tokenPrefix = "unum1-"
 )
 
 // core becomes the core; it returns only when that failed.
@@ -44,18 +49,51 @@ func core() int {
 	env = set(env, control.ImageEnv, strings.TrimSpace(string(id)))
 	// The daemon's own image is in memory already: to start it again costs
 	// nothing, to unpack ours a tenth of a second.
-	if fd, err := running(strings.TrimSpace(string(id))); err == nil {
-		err = execute(fd, env)
-		unix.Close(fd)
-		if err == nil {
-			return 0 // not reached
-		}
+	args, err := concealed(os.Args[1:])
+	if err != nil {
+		return fail("cannot hand the token on: %v", err)
 	}
-	fd, err := unpack()
+	if f, err := running(strings.TrimSpace(string(id))); err == nil {
+		_ = execute(f, args, env) // else with our own
+		f.Close()
+	}
+	f, err := unpack()
 	if err != nil {
 		return fail("cannot unpack the core: %v", err)
 	}
-	return fail("cannot start the core: %v", execute(fd, env))
+	return fail("cannot start the core: %v", execute(f, args, env))
+}
+
+// concealed returns the arguments for the core without the token of a join: it
+// goes by standard input, since any user can read arguments, and those of a
+// daemon for as long as it lives.
+func concealed(args []string) ([]string, error) {
+	if len(args) == 0 || args[0] != "join" {
+		return args, nil
+	}
+	i := slices.IndexFunc(args, func(a string) bool { return strings.HasPrefix(a, tokenPrefix) })
+	if i < 0 {
+		return args, nil
+	}
+	token := args[i] + "\n"
+	if len(token) > 4096 { // of a pipe's capacity, and no token
+		return nil, errors.New("it is too long")
+	}
+	var p [2]int
+	if err := unix.Pipe(p[:]); err != nil {
+		return nil, err
+	}
+	if _, err := unix.Write(p[1], []byte(token)); err != nil {
+		return nil, err
+	}
+	if err := unix.Dup3(p[0], 0, 0); err != nil {
+		return nil, err
+	}
+	unix.Close(p[0])
+	unix.Close(p[1])
+	args = slices.Clone(args)
+	args[i] = "-"
+	return args, nil
 }
 
 func fail(format string, args ...any) int {
@@ -75,19 +113,15 @@ func set(env []string, key, val string) []string {
 
 // running asks the daemon for its image, if it is the same as ours. Only root's
 // daemon, or one of the caller's own, is believed.
-func running(id string) (int, error) {
-	f, err := control.Image(control.Path(), id, time.Second)
-	if err != nil {
-		return -1, err
-	}
-	return int(f.Fd()), nil
+func running(id string) (*os.File, error) {
+	return control.Image(control.Path(), id, time.Second)
 }
 
 // unpack writes the core to memory and seals it.
-func unpack() (int, error) {
+func unpack() (*os.File, error) {
 	src, err := files.Open(coreFile)
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
 	defer src.Close()
 	fd, err := unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
@@ -95,21 +129,19 @@ func unpack() (int, error) {
 		fd, err = unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	}
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
 	dst := os.NewFile(uintptr(fd), "core")
 	if _, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, 1<<20)); err != nil {
-		return -1, err
+		return nil, err
 	}
 	_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE)
-	keep = dst
-	return fd, err
+	return dst, err
 }
 
-// keep holds the core's file until it is executed.
-var keep *os.File
-
-// execute becomes the program in fd.
-func execute(fd int, env []string) error {
-	return syscall.Exec(fmt.Sprintf("/proc/self/fd/%d", fd), append([]string{"unum"}, os.Args[1:]...), env)
+// execute becomes the program in f.
+func execute(f *os.File, args, env []string) error {
+	err := syscall.Exec(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), append([]string{"unum"}, args...), env)
+	runtime.KeepAlive(f)
+	return err
 }

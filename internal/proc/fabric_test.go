@@ -57,7 +57,6 @@ type fabric struct {
 type endpoint struct {
 	f        *fabric
 	self     ids.Node
-	mu       sync.Mutex
 	handlers map[string]func(context.Context, ids.Node, []byte, []byte) (any, []byte, error)
 	streams  map[string]func(context.Context, ids.Node, net.Conn)
 	ctx      context.Context

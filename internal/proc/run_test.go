@@ -361,7 +361,7 @@ func TestCallerKilled(t *testing.T) {
 	c.Process.Kill()
 	c.Wait()
 	until(t, "job gone", func() bool { return len(r.mgrs[2].Jobs()) == 0 })
-	until(t, "record", func() bool { j, err := r.reg.Get(nil, 1); return err == nil && j.State == Killed })
+	until(t, "record", func() bool { j, err := r.reg.Get(t.Context(), 1); return err == nil && j.State == Killed })
 }
 
 // TestBackground: what a command leaves behind ends with it, and its output up to
