@@ -35,11 +35,24 @@ type cluster struct {
 	name string
 }
 
+// needRoot skips the test where there is no root to run a lab, for which the
+// machine's namespaces, mounts and loop devices are needed. With
+// UNUM_TEST_REQUIRE set it fails instead.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	const why = "needs root, for namespaces, mounts and loop devices"
+	if os.Getenv("UNUM_TEST_REQUIRE") != "" {
+		t.Fatal(why)
+	}
+	t.Skip(why)
+}
+
 func up(t *testing.T, nodes int) *cluster {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("cluster tests need root, for namespaces, mounts and loop devices")
-	}
+	needRoot(t)
 	c := &cluster{t: t, bin: builtBinary(t), name: fmt.Sprintf("t%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)}
 	t.Cleanup(func() {
 		if t.Failed() {
