@@ -40,7 +40,8 @@
 // # Failure
 //
 // If the process dies, the kernel ends the connection: programs get ENOTCONN.
-// Abort does the same on purpose. If someone else unmounts, Run returns an
+// It cannot if a thread of the process waits for the mount itself; then the
+// guard does it, if there is one (Config.Guard). Abort does it on purpose. If someone else unmounts, Run returns an
 // error. Handles still open when the connection ends get no Release, and
 // lookups no Forget.
 //

@@ -46,6 +46,11 @@ const (
 	// smallBuffer holds every request but large writes and attribute values,
 	// and every reply but those with data.
 	smallBuffer = 8 << 10
+	// idleWorkers is how many workers wait for requests when there are none.
+	// With one, each request would have to start another. With more, requests
+	// go round among more threads and each finds colder caches: four cost half
+	// as much again as two.
+	idleWorkers = 2
 	// bufferSize holds the largest request and the largest reply.
 	bufferSize = maxWrite + 8<<10
 )
@@ -149,18 +154,27 @@ func newWorker(m *Mount) *worker {
 	return w
 }
 
-// buffer returns a buffer of bufferSize.
-func (m *Mount) buffer() []byte {
+// buffer holds any request and any reply.
+type buffer [bufferSize]byte
+
+// take returns a buffer.
+func (m *Mount) take() *buffer {
+	if b := m.spare.Swap(nil); b != nil {
+		return b // the usual case, without a lock
+	}
 	select {
 	case b := <-m.buffers:
 		return b
 	default:
-		return make([]byte, bufferSize)
+		return new(buffer)
 	}
 }
 
 // recycle takes a buffer back.
-func (m *Mount) recycle(b []byte) {
+func (m *Mount) recycle(b *buffer) {
+	if m.spare.CompareAndSwap(nil, b) {
+		return
+	}
 	select {
 	case m.buffers <- b:
 	default: // enough of them are kept
@@ -181,8 +195,8 @@ func (m *Mount) serve() {
 	w := m.pool.Get().(*worker)
 	defer m.pool.Put(w)
 	for {
-		in := m.buffer()
-		n, err := unix.Read(m.fd, in)
+		in := m.take()
+		n, err := unix.Read(m.fd, in[:])
 		switch err {
 		case nil:
 		case unix.EINTR, unix.EAGAIN, unix.ENOENT: // ENOENT: the request was withdrawn
@@ -196,19 +210,46 @@ func (m *Mount) serve() {
 			m.closing.Do(func() { close(m.dead) })
 			return
 		}
-		if m.idle.Add(-1) == 0 {
-			m.spawn()
-		}
+		m.busy()
 		w.handle(in, n)
-		if m.idle.Add(1) > m.keep {
-			m.idle.Add(-1)
+		if m.surplus() {
 			return
 		}
 	}
 }
 
-// handle carries out the request in in[:n] and gives in back.
-func (w *worker) handle(in []byte, n int) {
+// busy ends the caller's being counted idle. The last one starts another.
+func (m *Mount) busy() {
+	if m.idle.Add(-1) == 0 {
+		m.spawn()
+	}
+}
+
+// surplus reports whether the caller, an idle worker, is one too many; it is
+// then no longer counted.
+func (m *Mount) surplus() bool {
+	for {
+		n := m.idle.Load()
+		if n <= idleWorkers {
+			return false
+		}
+		if m.idle.CompareAndSwap(n, n-1) {
+			return true
+		}
+	}
+}
+
+// handle carries out the request in in[:n] and recycles in. When it returns
+// the worker counts as idle: it does from the moment that nothing is left that
+// can block, since the program that gets the reply may be back with its next
+// request sooner than the worker with its next read.
+func (w *worker) handle(in *buffer, n int) {
+	idle := false
+	defer func() {
+		if !idle {
+			w.m.idle.Add(1)
+		}
+	}()
 	m := w.m
 	b := in[:n]
 	if n <= len(w.small) {
@@ -264,11 +305,14 @@ func (w *worker) handle(in []byte, n int) {
 		w.fail(h.unique, syscall.EIO) // the kernel never asks for more than it was told
 		return
 	} else if size > len(out) {
-		out = m.buffer()
-		defer m.recycle(out)
+		big := m.take()
+		defer m.recycle(big)
+		out = big[:]
 	}
 	w.req = r
 	k, st := w.decode(b, out)
+	idle = true
+	m.idle.Add(1)
 	var err error
 	if !st.Ok() || k == 0 {
 		err = w.fail(h.unique, syscall.EIO)
@@ -314,13 +358,17 @@ func (m *Mount) write(b []byte) error {
 	return nil
 }
 
-// finish does what the notes say.
+// finish does what the notes say. The worker counts as idle before and after.
 func (w *worker) finish(taken bool) {
 	m := w.m
 	late := false
 	if w.promised != 0 {
 		late = clock.Now().Sub(w.promised) > pauseLimit
 		w.promised = 0
+	}
+	if late || !taken { // notifications and the Tree's Release may block
+		m.busy()
+		defer m.idle.Add(1)
 	}
 	for i := range w.notes {
 		n := &w.notes[i]

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -39,6 +40,11 @@ func parseDirent(b []byte) dirent {
 // serves a mount must not touch mappings of it, for a page fault holds up the
 // Go scheduler and with it the answer.
 func TestMain(m *testing.M) {
+	GuardMain()
+	if dir := os.Getenv("FUSEFS_TEST_SERVE"); dir != "" {
+		fmt.Println(stuckServer(dir))
+		os.Exit(1)
+	}
 	if p := os.Getenv("FUSEFS_TEST_MAP"); p != "" {
 		if err := mapper(p); err != nil {
 			fmt.Println(err)
@@ -107,6 +113,9 @@ func BenchmarkLatency(b *testing.B) {
 	for _, op := range []string{"fstat", "stat", "open", "create"} {
 		b.Run(op, func(b *testing.B) {
 			tree := newMemTree()
+			if op != "fstat" {
+				tree.valid = time.Hour // as under a lease
+			}
 			_, dir := up(b, tree, nil)
 			cmd := exec.Command("/proc/self/exe")
 			cmd.Env = append(os.Environ(), "FUSEFS_TEST_BENCH="+op+" "+strconv.Itoa(b.N)+" "+dir)
@@ -237,9 +246,13 @@ func FuzzHandle(f *testing.F) {
 		m := New(Config{Tree: newMemTree()})
 		m.ctx = t.Context()
 		m.fd = -1
+		m.idle.Store(1) // another worker is
 		w := newWorker(m)
-		in := make([]byte, smallBuffer)
-		w.handle(in, copy(in, b))
+		in := new(buffer)
+		w.handle(in, copy(in[:], b))
+		if m.idle.Load() != 2 {
+			t.Fatalf("%d workers count as idle, not both", m.idle.Load())
+		}
 		if len(m.requests) != 0 || len(m.slots) != 0 {
 			t.Fatal("a request was left behind")
 		}

@@ -24,7 +24,7 @@ type memTree struct {
 	valid time.Duration // of attributes; 0: none
 
 	// hook, if set, is called without locks before each operation; an error is
-	// the operation's.
+	// the operation's. Under mu once the tree is mounted.
 	hook func(ctx context.Context, op, name string, ino ids.Inode) error
 
 	mu      sync.Mutex
@@ -68,8 +68,11 @@ func newMemTree() *memTree {
 }
 
 func (t *memTree) before(ctx context.Context, op, name string, ino ids.Inode) error {
-	if t.hook != nil {
-		return t.hook(ctx, op, name, ino)
+	t.mu.Lock()
+	hook := t.hook
+	t.mu.Unlock()
+	if hook != nil {
+		return hook(ctx, op, name, ino)
 	}
 	return nil
 }

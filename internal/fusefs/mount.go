@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -47,6 +46,10 @@ type Config struct {
 	// Grace is how long Run tries to unmount cleanly while programs still use
 	// the mount; then it cuts them off. Zero: 2 s.
 	Grace time.Duration
+	// Guard starts a second process that ends the connection if this one is
+	// killed in a moment when the kernel would not (see guard.go). The
+	// program's main must begin with GuardMain.
+	Guard bool
 }
 
 // Mount is a mounted Tree. Make one with New.
@@ -58,19 +61,20 @@ type Mount struct {
 	ready chan struct{} // closed when programs can use the mount
 	dead  chan struct{} // closed when the kernel has ended the connection
 
-	fd      int    // /dev/fuse; written before ready is closed
-	minor   uint32 // the mount's device, which names the connection; likewise
-	initReq []byte // the kernel's INIT: each worker's decoder is taught with it
+	limit   time.Duration // the guard's; 0: none
+	fd      int           // /dev/fuse; written before ready is closed
+	minor   uint32        // the mount's device, which names the connection; likewise
+	initReq []byte        // the kernel's INIT: each worker's decoder is taught with it
 
 	ctx     context.Context // ends when the connection does
 	slots   chan struct{}   // one token per request being carried out
 	idle    atomic.Int32    // workers in read, or about to be
-	keep    int32           // idle workers worth keeping
 	workers sync.WaitGroup
-	pool    sync.Pool   // *worker
-	buffers chan []byte // for requests and replies of any size
-	closing sync.Once   // closes dead
-	probing atomic.Bool // silencePoll is at work
+	pool    sync.Pool // *worker
+	spare   atomic.Pointer[buffer]
+	buffers chan *buffer // what does not fit in spare
+	closing sync.Once    // closes dead
+	probing atomic.Bool  // silencePoll is at work
 
 	mu       sync.Mutex
 	requests map[uint64]*request // by the kernel's unique number
@@ -99,8 +103,7 @@ func New(cfg Config) *Mount {
 		ready:    make(chan struct{}),
 		dead:     make(chan struct{}),
 		slots:    make(chan struct{}, cfg.MaxRequests),
-		keep:     int32(max(2, min(4, runtime.GOMAXPROCS(0)))),
-		buffers:  make(chan []byte, 16),
+		buffers:  make(chan *buffer, 16),
 		requests: make(map[uint64]*request),
 	}
 	m.unused = sync.NewCond(&m.mu)
@@ -139,11 +142,18 @@ func (m *Mount) Run(ctx context.Context) error {
 	m.mu.Lock()
 	m.open = true
 	m.mu.Unlock()
+	m.settings()
+	var g *guard
+	if m.cfg.Guard { // before the first call on the mount
+		var err error
+		if g, err = m.startGuard(); err != nil {
+			m.log.Warn("no guard: the mount may hang if this process is killed", "dir", m.cfg.Dir, "err", err)
+		}
+	}
 	m.probing.Store(true)
 	m.spawn()
 	m.silencePoll()
 	m.probing.Store(false)
-	m.settings()
 	close(m.ready)
 	m.log.Info("mounted", "dir", m.cfg.Dir)
 
@@ -166,6 +176,11 @@ func (m *Mount) Run(ctx context.Context) error {
 	m.log.Info("unmounted", "dir", m.cfg.Dir)
 	if cerr := unix.Close(m.fd); cerr != nil {
 		err = errors.Join(err, errs.Wrap(cerr, "close", "/dev/fuse"))
+	}
+	if g != nil {
+		if gerr := g.end(); gerr != nil {
+			m.log.Warn("the guard has failed", "dir", m.cfg.Dir, "err", gerr)
+		}
 	}
 	return err
 }
@@ -254,7 +269,9 @@ func (m *Mount) settings() {
 }
 
 // unmount ends the connection: cleanly if nobody uses the mount within Grace,
-// else by cutting off those who do. When it returns, dead is closed or soon is.
+// else by cutting off those who do. Users are also the copies of the mount that
+// other mount namespaces got when they were made: they keep the connection up
+// after this one's is gone. When it returns, dead is closed or soon is.
 func (m *Mount) unmount() {
 	clean := make(chan bool, 1)
 	giveUp := make(chan struct{})
@@ -263,11 +280,15 @@ func (m *Mount) unmount() {
 	defer t.Stop()
 	select {
 	case ok := <-clean:
+		clean <- ok
 		if ok {
-			return
+			select {
+			case <-m.dead:
+				return
+			case <-t.C:
+			}
 		}
 	case <-m.dead:
-		m.detach()
 	case <-t.C:
 	}
 	close(giveUp)
@@ -356,26 +377,31 @@ func (m *Mount) Abort() error {
 	return nil
 }
 
-// abortByControl writes to the connection's abort file, through a mount of the
-// control file system that no name leads to.
-func (m *Mount) abortByControl() (err error) {
-	fs, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, unix.Close(fs)) }()
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return err
-	}
-	dir, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, unix.Close(dir)) }()
-	fd, err := unix.Openat(dir, strconv.FormatUint(uint64(m.minor), 10)+"/abort", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+// abortByControl writes to the connection's abort file.
+func (m *Mount) abortByControl() error {
+	fd, err := m.openAbort()
 	if err != nil {
 		return err
 	}
 	_, err = unix.Write(fd, []byte("1"))
 	return errors.Join(err, unix.Close(fd))
+}
+
+// openAbort opens the connection's abort file, through a mount of the control
+// file system that no name leads to.
+func (m *Mount) openAbort() (fd int, err error) {
+	fs, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, err
+	}
+	defer func() { err = errors.Join(err, unix.Close(fs)) }()
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return -1, err
+	}
+	dir, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer func() { err = errors.Join(err, unix.Close(dir)) }()
+	return unix.Openat(dir, strconv.FormatUint(uint64(m.minor), 10)+"/abort", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 }

@@ -21,7 +21,12 @@ import (
 	"github.com/unum-os/unum/internal/ids"
 )
 
-const soon = 10 * time.Second // for what takes no time, on a busy machine
+const soon = 30 * time.Second // for what takes no time, on a busy machine
+
+// longest is how long a mount of a test may live. Then its guard, which is
+// another process, aborts the connection: no test hangs for ever, not even in
+// the kernel and not even if this process is killed.
+const longest = 3 * time.Minute
 
 // up mounts tree until the test ends.
 func up(t testing.TB, tree Tree, change func(*Config)) (*Mount, string) {
@@ -40,11 +45,12 @@ func start(t testing.TB, tree Tree, change func(*Config)) (*Mount, string, func(
 		t.Skip("there is no /dev/fuse")
 	}
 	dir := t.TempDir()
-	cfg := Config{Dir: dir, Tree: tree, Log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+	cfg := Config{Dir: dir, Tree: tree, Guard: true, Log: slog.New(slog.NewTextHandler(t.Output(), nil))}
 	if change != nil {
 		change(&cfg)
 	}
 	m := New(cfg)
+	m.limit = longest
 	ctx, cancel := context.WithCancel(context.Background())
 	ran := make(chan error, 1)
 	go func() { ran <- m.Run(ctx) }()
@@ -352,12 +358,12 @@ func TestSignalDoesNotBreakCallsThatFinishSoon(t *testing.T) {
 func TestWaitForLockIsInterruptedAtOnce(t *testing.T) {
 	tree := newMemTree()
 	b := newBlocker("setlk")
+	tree.hook = b.hook
 	_, dir := up(t, tree, func(c *Config) { c.Patience = time.Hour })
 	p := filepath.Join(dir, "blocked")
 	if err := os.WriteFile(p, []byte("x"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	tree.hook = b.hook
 	_, _, out := signalled(t, b, syscall.SIGUSR1, `
 import signal, sys, os, ctypes
 libc = ctypes.CDLL(None, use_errno=True)
@@ -453,12 +459,14 @@ func TestPromiseIsWithdrawnAfterAPause(t *testing.T) {
 	}
 	defer f.Close()
 	asked := make(chan struct{}, 100)
+	tree.mu.Lock()
 	tree.hook = func(_ context.Context, op, _ string, ino ids.Inode) error {
 		if op == "getattr" && ino == ids.Inode(st.Ino) {
 			asked <- struct{}{}
 		}
 		return nil
 	}
+	tree.mu.Unlock()
 	for range 2 { // the reply of the lookup counts: no question
 		if _, err := f.Stat(); err != nil {
 			t.Fatal(err)
@@ -543,7 +551,8 @@ func TestForeignUnmountAndAbortEndRun(t *testing.T) {
 				t.Skip("mounting needs root")
 			}
 			dir := t.TempDir()
-			m := New(Config{Dir: dir, Tree: newMemTree()})
+			m := New(Config{Dir: dir, Tree: newMemTree(), Guard: true})
+			m.limit = longest
 			ran := make(chan error, 1)
 			go func() { ran <- m.Run(context.Background()) }()
 			select {
