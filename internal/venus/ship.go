@@ -236,7 +236,7 @@ func (c *Client) shipRegularly(ctx context.Context) {
 		pause(ctx, shipEvery)
 		if ctx.Err() != nil {
 			last, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-			if err := c.ship(last); err != nil {
+			if err := c.Settle(last); err != nil {
 				c.cfg.Log.Warn("not shipped at the end", "err", err)
 			}
 			cancel()

@@ -92,7 +92,7 @@ func (s *Server) renew(ctx context.Context, from ids.Node, q *RenewRequest) (Ren
 }
 
 // acquire gives a lease and the attributes under it.
-func (s *Server) acquire(ctx context.Context, from ids.Node, q *AcquireRequest) (AcquireReply, error) {
+func (s *Server) acquire(ctx context.Context, from ids.Node, q *AcquireRequest) (r AcquireReply, err error) {
 	l, err := s.enter(ctx, from, &q.Caller)
 	if err != nil {
 		return AcquireReply{}, err
@@ -100,15 +100,22 @@ func (s *Server) acquire(ctx context.Context, from ids.Node, q *AcquireRequest) 
 	if q.Mode != Read && q.Mode != Write {
 		return AcquireReply{}, errs.E(errs.Invalid, "acquire", "", "mode %d", q.Mode)
 	}
-	var r AcquireReply
 	if q.Open {
 		// A removal either sees the opener or is over before the attributes are
 		// read, which then finds nothing.
 		l.mu.Lock()
+		noted := slices.Contains(l.table.Openers(q.Ino), q.Session)
 		l.table.NoteOpen(q.Session, q.Ino)
 		removals := l.removals[q.Ino]
 		l.mu.Unlock()
 		r.Noted = true
+		defer func() {
+			if err != nil && !noted { // the client will not hear that it is noted
+				l.mu.Lock()
+				l.table.Closed(q.Session, q.Ino)
+				l.mu.Unlock()
+			}
+		}()
 		for _, done := range removals {
 			select {
 			case <-done:
@@ -124,11 +131,6 @@ func (s *Server) acquire(ctx context.Context, from ids.Node, q *AcquireRequest) 
 	}
 	if r.Attr, err = s.cfg.State.GetAttr(q.Ino); err != nil {
 		l.giveBack(q.Session, r.Grant)
-		if q.Open && errs.Has(err, errs.NotFound) {
-			l.mu.Lock()
-			l.table.Closed(q.Session, q.Ino)
-			l.mu.Unlock()
-		}
 		return AcquireReply{}, err
 	}
 	return r, nil
@@ -308,8 +310,13 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 	}
 	removed := s.keep(l, q)
 	defer removed() // again, when the proposal failed
-	res, err := l.propose(ctx, &volume.Command{Session: q.Session, Seq: q.Seq, Acked: q.Acked, Ops: q.Ops})
+	// Not given up with the caller: until its fate is known nobody may be given a
+	// lease on the state before it.
+	res, err := l.propose(l.ctx, &volume.Command{Session: q.Session, Seq: q.Seq, Acked: q.Acked, Ops: q.Ops})
 	if err != nil {
+		if undecided(err) {
+			claim = 0 // kept for what is left of this role: the next leader may commit it
+		}
 		return ApplyReply{}, err
 	}
 	removed()
@@ -342,6 +349,16 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 		r.Attrs = append(r.Attrs, a)
 	}
 	return r, nil
+}
+
+// undecided reports whether a proposal that failed may be applied yet. The role
+// is over then, or soon will be.
+func undecided(err error) bool {
+	switch errs.ClassOf(err) {
+	case errs.Timeout, errs.Interrupted, errs.Unavailable, errs.NotLeader, errs.NoQuorum, errs.IO, errs.Unknown:
+		return true
+	}
+	return false
 }
 
 func subset(a, b []ids.Inode) bool {
