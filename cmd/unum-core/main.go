@@ -12,6 +12,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/fusefs"
 	"github.com/unum-os/unum/internal/lab"
 )
 
@@ -21,8 +23,9 @@ type coded int
 func (c coded) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
 
 func main() {
+	fusefs.GuardMain()
 	lab.InitMain()
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx := untilSignal()
 	root := &cobra.Command{
 		Use:   "unum",
 		Short: "Out of many machines, one computer",
@@ -42,9 +45,22 @@ one process table.`,
 		&cobra.Command{Use: "run [flags] CMD [ARG...]", Short: "Run a command on the node where it costs least (unum run --help)", DisableFlagParsing: true, RunE: lightOnly},
 		&cobra.Command{Use: "sh [-c STRING]", Short: "A shell whose commands run on the cluster, for make SHELL= and xargs", DisableFlagParsing: true, RunE: lightOnly},
 	)
-	err := root.ExecuteContext(ctx)
-	stop()
-	os.Exit(code(err))
+	os.Exit(code(ctx, root.ExecuteContext(ctx)))
+}
+
+// signalled is the cause of a context that a signal ended.
+type signalled syscall.Signal
+
+func (s signalled) Error() string { return syscall.Signal(s).String() }
+
+// untilSignal returns a context that the first signal ends; later ones change
+// nothing, so that an impatient second Ctrl-C does not leave a mount behind.
+func untilSignal() context.Context {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	sigs := make(chan os.Signal, 1)
+	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() { cancel(signalled((<-sigs).(syscall.Signal))) }()
+	return ctx
 }
 
 // lightOnly stands for verbs that the light face serves before the core starts.
@@ -52,18 +68,26 @@ func lightOnly(cmd *cobra.Command, _ []string) error {
 	return fmt.Errorf("%s is served by the unum binary, not by its core", cmd.Name())
 }
 
-func code(err error) int {
+// code says what is to be said of err and returns the exit code: 128+n after
+// signal n, of which its sender knows.
+func code(ctx context.Context, err error) int {
 	if err == nil {
 		return 0
 	}
-	var c coded
-	if errors.As(err, &c) {
-		return int(c)
-	}
 	n := 125
+	var c coded
 	var e *lab.ExitError
-	if errors.As(err, &e) {
+	var s signalled
+	switch hit := errors.As(context.Cause(ctx), &s); {
+	case errors.As(err, &e): // it hears signals itself
 		n, err = e.Code, e.Err
+	case errors.As(err, &c) && (!hit || c != 125):
+		return int(c)
+	case hit:
+		n = 128 + int(s)
+		if errors.Is(err, s) || errs.Has(err, errs.Interrupted) || errors.As(err, &c) {
+			return n
+		}
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "unum: %v\n", err)

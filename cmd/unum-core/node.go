@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -41,7 +42,18 @@ func check() error {
 	if err != nil {
 		return errs.E(errs.NotSupported, "start a node", "/dev/fuse", "%v", err).WithRemedy("modprobe fuse, or a kernel with FUSE")
 	}
-	return f.Close()
+	if err := f.Close(); err != nil {
+		return err
+	}
+	// A try says more than a list of capabilities: what a job is started with,
+	// and the right to mount with it.
+	try := exec.Command(os.Getenv("UNUM_EXE"), "run", "--help")
+	try.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC}
+	if err := try.Run(); err != nil {
+		return errs.E(errs.Permission, "start a node", "", "this root may neither mount nor make namespaces: %v", err).
+			WithRemedy("in a container, run it with --privileged")
+	}
+	return nil
 }
 
 func fill(c *node.Config) error {
@@ -71,11 +83,14 @@ func serve(ctx context.Context, c node.Config, greet bool) error {
 			}
 		}()
 	}
-	err = <-done
-	if ctx.Err() != nil && err == nil {
-		return nil
+	if err = <-done; err != nil {
+		return err
 	}
-	return err
+	// A supervisor ends a node by SIGTERM, and that is no failure.
+	if cause := context.Cause(ctx); !errors.Is(cause, signalled(syscall.SIGTERM)) {
+		return cause
+	}
+	return nil
 }
 
 func waitHealthy(ctx context.Context, sock string) error {
@@ -231,7 +246,7 @@ func toJSON(st node.Status) []nodeJSON {
 	return out
 }
 
-func table(st node.Status) {
+func table(st node.Status) error {
 	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "NODE\tHOST\tADDRESS\tSTATE\tALIVE\tTREE\tLEADS\tJOBS\tLOAD/CPU\tFREE")
 	for _, j := range toJSON(st) {
@@ -242,7 +257,7 @@ func table(st node.Status) {
 		yes := map[bool]string{true: "yes", false: "no"}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%.2f\t%.1f GiB\n", j.ID, j.Hostname, j.Addr, j.State, yes[j.Alive], yes[j.Mounted], leads, j.Jobs, j.Load, float64(j.Free)/(1<<30))
 	}
-	w.Flush()
+	return w.Flush()
 }
 
 func printJSON(v any) error {
@@ -276,7 +291,9 @@ func statusCommand() *cobra.Command {
 				}
 			} else {
 				fmt.Printf("cluster %s, seen from %v; the tree is at %s\n", st.Cluster, st.Node, st.Mount)
-				table(st)
+				if err := table(st); err != nil {
+					return err
+				}
 				if st.Problem != "" {
 					fmt.Printf("not healthy: %s\n", st.Problem)
 				}
@@ -304,8 +321,7 @@ func nodesCommand() *cobra.Command {
 			if asJSON {
 				return printJSON(toJSON(st))
 			}
-			table(st)
-			return nil
+			return table(st)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")

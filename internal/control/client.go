@@ -105,6 +105,8 @@ func (c *Client) Call(ctx context.Context, verb string, body []byte) ([]byte, er
 		switch {
 		case err == io.EOF:
 			return last, nil
+		case err != nil && ctx.Err() == context.Canceled:
+			return nil, errs.E(errs.Interrupted, "", "", "the caller gave up")
 		case err != nil && ctx.Err() != nil:
 			return nil, errs.E(errs.Timeout, "", "", "the daemon did not answer in time")
 		case err != nil:

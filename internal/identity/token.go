@@ -64,7 +64,7 @@ func (t Token) LogValue() slog.Value { return slog.StringValue(t.GoString()) }
 // matter. Errors are of class Invalid.
 func ParseToken(s string) (Token, error) {
 	bad := func(format string, args ...any) (Token, error) {
-		return Token{}, errs.E(errs.Invalid, "read token", "", format, args...)
+		return Token{}, errs.E(errs.Invalid, "read token", "", format, args...).WithRemedy("copy the whole line")
 	}
 	s = strings.ToLower(strings.Join(strings.Fields(s), ""))
 	rest, ok := strings.CutPrefix(s, tokenPrefix)

@@ -44,11 +44,16 @@ const labFailure = 125
 // verb wraps a command's function: signals end its context, errors get a code.
 func verb(f func(ctx context.Context, cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
-		ctx, cancel := context.WithCancelCause(cmd.Context())
+		// The program around us may end its context by the same signals, and be
+		// the quicker: then nobody could tell which one it was.
+		ctx, cancel := context.WithCancelCause(context.WithoutCancel(cmd.Context()))
 		defer cancel(nil)
 		sigs := make(chan os.Signal, 1)
 		signal.Notify(sigs, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 		defer signal.Stop(sigs)
+		if cmd.Context().Err() != nil { // before ours were heard
+			return context.Cause(cmd.Context())
+		}
 		hit := make(chan syscall.Signal, 1)
 		go func() {
 			select {

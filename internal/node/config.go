@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"syscall"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
@@ -108,6 +109,22 @@ func (c *Config) prepare() error {
 		}
 	}
 	return nil
+}
+
+// withdraw removes what prepare and a refused Join left in the data directory,
+// and the directory itself if dir is set and nothing else is in it.
+func (c *Config) withdraw(dir bool) error {
+	gone := []string{c.path(fileKey), c.path(fileCSR), c.path("identity")}
+	if dir {
+		gone = append(gone, c.Dir)
+	}
+	var failed error
+	for _, p := range gone {
+		if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
+			failed = errors.Join(failed, err)
+		}
+	}
+	return failed
 }
 
 // address completes an address: the host by which to is reached, and the port.

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"os"
 	"time"
 
@@ -88,14 +89,22 @@ type joinReply struct {
 }
 
 // Join makes this machine a node of the cluster whose node listens at addr. It
-// can be repeated until it returns nil; a token is used up once.
-func Join(ctx context.Context, cfg Config, addr, token string) error {
-	if Exists(cfg.Dir) {
-		return errs.E(errs.Exists, "join", cfg.Dir, "there is a node already").WithRemedy("unum up, or remove the directory first")
-	}
+// can be repeated until it returns nil, and after that, when it has nothing left
+// to do; a token is used up once. A cluster that refuses it (class Unauthorized)
+// leaves cfg.Dir as it was.
+func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 	tok, err := identity.ParseToken(token)
 	if err != nil {
 		return err
+	}
+	if Exists(cfg.Dir) {
+		ca, err := identity.Load(cfg.path(fileCA))
+		if err == nil {
+			if trust, terr := identity.ParseTrust(ca); terr == nil && trust.Fingerprint() == tok.Authority {
+				return nil
+			}
+		}
+		return errs.E(errs.Exists, "join", cfg.Dir, "there is a node of another cluster already").WithRemedy("unum up, or remove the directory first")
 	}
 	to, err := address(addr, "")
 	if err != nil {
@@ -105,6 +114,7 @@ func Join(ctx context.Context, cfg Config, addr, token string) error {
 	if err != nil {
 		return err
 	}
+	_, missing := os.Stat(cfg.Dir)
 	if err := cfg.prepare(); err != nil {
 		return err
 	}
@@ -113,6 +123,11 @@ func Join(ctx context.Context, cfg Config, addr, token string) error {
 	key, kerr := identity.Load(cfg.path(fileKey))
 	csr, cerr := identity.Load(cfg.path(fileCSR))
 	if kerr != nil || cerr != nil {
+		defer func() {
+			if errs.Has(err, errs.Unauthorized) {
+				err = errors.Join(err, cfg.withdraw(missing != nil))
+			}
+		}()
 		if key, csr, err = identity.NewRequest(); err != nil {
 			return err
 		}
@@ -125,6 +140,9 @@ func Join(ctx context.Context, cfg Config, addr, token string) error {
 	}
 	q := joinRequest{Secret: tok.Secret, CSR: csr, Hostname: cfg.Hostname, Addr: self}
 	b, trust, err := rpc.Join(ctx, to, tok.Authority, wire.MustMarshal(q))
+	if errs.Has(err, errs.Unauthorized) {
+		return &errs.Error{Op: "join", Subject: addr, Class: errs.Unauthorized, Err: err, Remedy: "unum token on a machine of that cluster, for a new one"}
+	}
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,9 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"golang.org/x/sys/unix"
+
 	"github.com/unum-os/unum/internal/block"
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/control"
@@ -51,6 +54,7 @@ type Node struct {
 	id        ids.Node
 	disk      disk
 	holder    *identity.Holder
+	ballast   *ballast
 	volumeKey [32]byte
 
 	ep      *rpc.Endpoint
@@ -133,7 +137,11 @@ func Open(cfg Config) (n *Node, err error) {
 		cancel()
 		return n.ep.Run(ctx)
 	})
-	n.host, err = group.New(group.Config{Self: n.id, Dir: cfg.path("groups"), Transport: transport{n.ep}, Log: part("group")})
+	if n.ballast, err = openBallast(cfg.Dir, cfg.path(fileBallast), part("ballast")); err != nil {
+		return nil, err
+	}
+	n.host, err = group.New(group.Config{Self: n.id, Dir: cfg.path("groups"), Transport: transport{n.ep}, Log: part("group"),
+		FS: vfs.OnDiskFull(vfs.Default, n.ballast.give)})
 	if err != nil {
 		return nil, err
 	}
@@ -174,10 +182,10 @@ func Open(cfg Config) (n *Node, err error) {
 	n.root.Watch(func(group.Status) { n.vice.Nudge() })
 	n.venus = venus.New(venus.Config{Self: n.id, Group: ids.RootGroup, Peers: n.ep, Blocks: n.blocks,
 		Members: n.askFirst, Space: n.space, Log: part("venus")})
-	n.mount = fusefs.New(fusefs.Config{Dir: cfg.Mount, Tree: n.venus, Log: part("fusefs")})
+	n.mount = fusefs.New(fusefs.Config{Dir: cfg.Mount, Tree: n.venus, Log: part("fusefs"), Guard: true})
 	n.venus.SetKernel(n.mount)
 	n.manager, err = proc.NewManager(proc.ManagerConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: part("proc"),
-		Dir: cfg.Dir, Exe: cfg.Exe, Cgroup: filepath.Join("unum", n.disk.Cluster[:8]+"-"+n.id.String()), Accept: n.accept, Socket: cfg.Socket})
+		Dir: cfg.Dir, Exe: cfg.Exe, Cgroup: filepath.Join("unum", n.disk.Cluster[:8]+"-"+n.id.String()), Accept: n.accept, Socket: cfg.Socket, Settle: n.venus.Settle})
 	if err != nil {
 		return nil, err
 	}
@@ -248,7 +256,7 @@ func (n *Node) Run(ctx context.Context) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	parts := []part{
-		{"rpc", n.ep.Run}, {"groups", n.host.Run}, {"members", n.members.Run}, {"blocks", n.blocks.Run},
+		{"ballast", n.ballast.run}, {"rpc", n.ep.Run}, {"groups", n.host.Run}, {"members", n.members.Run}, {"blocks", n.blocks.Run},
 		{"vice", n.vice.Run}, {"venus", n.venus.Run}, {"steward", n.steward}, {"jobs", n.jobs.out.Run},
 		{"load", func(ctx context.Context) error { return n.meter.Run(ctx, n.publish) }},
 		{"control", n.ctl.Run}, {"tree", n.runMount}, {"manager", n.manager.Run},
@@ -332,6 +340,13 @@ func (n *Node) runMount(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+	}
+	// A daemon that was killed leaves its mount, which answers everything so.
+	for _, err := os.Stat(n.cfg.Mount); errors.Is(err, syscall.ENOTCONN); _, err = os.Stat(n.cfg.Mount) {
+		if err := unix.Unmount(n.cfg.Mount, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return errs.Wrap(err, "take away the dead mount", n.cfg.Mount)
+		}
+		n.cfg.Log.Info("dead mount taken away", "dir", n.cfg.Mount)
 	}
 	if err := os.MkdirAll(n.cfg.Mount, 0o755); err != nil {
 		return errs.Wrap(err, "mount", n.cfg.Mount)

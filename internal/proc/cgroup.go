@@ -15,6 +15,8 @@ import (
 type cgroups struct {
 	v1 []string // base directories of the hierarchies used, freezer, pids, ...
 	v2 string   // base directory in the unified hierarchy, if it has controllers
+
+	depth int // how many directories base is below the hierarchy's root
 }
 
 // v1Controllers are the hierarchies a job is put in: to count its time, to find
@@ -24,7 +26,7 @@ var v1Controllers = []string{"cpuacct", "memory", "pids", "freezer"}
 // openCgroups makes the base directories. The error says which hierarchies could
 // not be used; the rest can.
 func openCgroups(base string) (*cgroups, error) {
-	c := &cgroups{}
+	c := &cgroups{depth: 1 + strings.Count(base, "/")}
 	b, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
 		return c, err
@@ -76,13 +78,16 @@ func openCgroups(base string) (*cgroups, error) {
 	return c, problems
 }
 
-// close removes the base directories where nothing is left in them.
+// close removes the base directories where nothing is left in them, and those
+// made on the way to them, which other nodes of this machine may use.
 func (c *cgroups) close() {
-	for _, d := range c.v1 {
-		os.Remove(d)
-	}
-	if c.v2 != "" {
-		os.Remove(c.v2)
+	for _, d := range append(c.v1[:len(c.v1):len(c.v1)], c.v2) {
+		for range c.depth {
+			if d == "" || os.Remove(d) != nil {
+				break
+			}
+			d = filepath.Dir(d)
+		}
 	}
 }
 

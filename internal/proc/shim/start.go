@@ -2,6 +2,7 @@ package shim
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"strings"
 	"syscall"
@@ -28,7 +29,7 @@ type child struct {
 	groups  []uint32
 	uid     int
 	gid     int
-	cwd     *byte
+	cwd     *byte    // nil: the parent's, which nobody can reach any more
 	paths   []*byte  // candidates, in order
 	argv    **byte   // NULL-terminated
 	shArgv  []**byte // the same run by /bin/sh, for a script without #!, one per path
@@ -75,15 +76,18 @@ func start(sp *Spec) (pid int, failed *Failed) {
 		if err != nil {
 			return bad(StepChdir, err)
 		}
-		defer os.Remove(dir)
-		if err := os.Chown(dir, c.uid, c.gid); err != nil {
+		// It is entered and removed before the program exists, which must not
+		// find it there; this thread's working directory is the program's.
+		err = errors.Join(os.Chown(dir, c.uid, c.gid), unix.Chdir(dir), os.Remove(dir))
+		if err != nil {
 			return bad(StepChdir, err)
 		}
-		cwd = dir
 	}
 	var err error
-	if c.cwd, err = syscall.BytePtrFromString(cwd); err != nil {
-		return bad(StepChdir, err)
+	if !p.CwdGone {
+		if c.cwd, err = syscall.BytePtrFromString(cwd); err != nil {
+			return bad(StepChdir, err)
+		}
 	}
 	paths := lookup(p)
 	for _, path := range paths {
@@ -274,8 +278,10 @@ func become(c *child) {
 	}
 	// As the user: a directory closed to him stays closed.
 	step = StepChdir
-	if _, _, en = syscall.RawSyscall(syscall.SYS_CHDIR, uintptr(unsafe.Pointer(c.cwd)), 0, 0); en != 0 {
-		goto failed
+	if c.cwd != nil {
+		if _, _, en = syscall.RawSyscall(syscall.SYS_CHDIR, uintptr(unsafe.Pointer(c.cwd)), 0, 0); en != 0 {
+			goto failed
+		}
 	}
 	for i = 0; i < 3; i++ {
 		if c.closed[i] {
