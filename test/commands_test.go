@@ -151,7 +151,6 @@ func TestEveryCallerGetsTheTrueResult(t *testing.T) {
 	var jobs []struct {
 		State string `json:"state"`
 		Node  string `json:"node"`
-		Code  int    `json:"code"`
 	}
 	out := c.must("n2", "UNUM ps --all --json")
 	if err := json.Unmarshal([]byte(out), &jobs); err != nil {
