@@ -22,6 +22,11 @@ const (
 	opLimit = 20 * time.Second
 	// maxDirty is how much may be pending before writers ship themselves.
 	maxDirty = 64 << 20
+	// maxRecord is how large the record of what is pending may become before
+	// writers ship: the content that travels inside and what all requests under
+	// way may add still fit beside it (volume.MaxBatch, and volume.MaxOps by
+	// three operations a file).
+	maxRecord = 256 << 10
 	// shipEvery bounds the age of pending changes (P3 allows 5 s).
 	shipEvery = 2 * time.Second
 	// reserve is left free on every storing node, for logs and repair.
@@ -64,6 +69,7 @@ type Client struct {
 	cfg     Config
 	leader  atomic.Uint64 // last known, a hint
 	dirty   atomic.Int64  // bytes pending
+	record  atomic.Int64  // what is pending would take in a log record, without content
 	ships   chan struct{} // semaphore of one
 	cut     sync.RWMutex  // shared by each change of pending state, exclusive to take a cut
 	kernel  atomic.Pointer[Kernel]

@@ -23,6 +23,7 @@ type pending struct {
 	trunc  uint64 // least size it was cut to; noTrunc: none
 	chunks map[uint64]*chunk
 	bytes  int
+	pieces int    // spans in all chunks
 	grown  bool   // size or content changed
 	set    uint32 // volume.SetMode and so on; the values are the inode's
 }
@@ -34,6 +35,22 @@ func newPending() *pending { return &pending{trunc: noTrunc, chunks: map[uint64]
 // empty reports whether nothing is pending.
 func (p *pending) empty() bool {
 	return p == nil || p.trunc == noTrunc && !p.grown && p.set == 0
+}
+
+// What the operations of one file, and one piece of content besides the bytes
+// that travel inline, take in a log record at most: three operations with their
+// attributes, and an extent that names a block.
+const (
+	fileCost  = 384
+	pieceCost = 96
+)
+
+// cost is an upper bound for p's share of a log record without its content.
+func (p *pending) cost() int {
+	if p.empty() {
+		return 0
+	}
+	return fileCost + pieceCost*p.pieces
 }
 
 // write puts data at off.
@@ -62,7 +79,9 @@ func (p *pending) write(off uint64, data []byte) {
 			}
 		}
 		copy(c.buf[rel:], data[:n])
+		spans := len(c.spans)
 		p.bytes += c.add(span{off, off + n})
+		p.pieces += len(c.spans) - spans
 		off += n
 		data = data[n:]
 	}
@@ -106,6 +125,7 @@ func (p *pending) drop(lo, hi uint64) {
 			}
 			p.bytes -= int(n)
 		}
+		p.pieces += len(keep) - len(c.spans)
 		if c.spans = keep; len(keep) == 0 {
 			delete(p.chunks, i)
 		}

@@ -2,6 +2,7 @@ package venus
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,6 +16,13 @@ import (
 // inlineBudget bounds the content that travels inside one log record; more goes
 // as blocks, so that one record always holds all that is pending.
 const inlineBudget = 512 << 10
+
+// maxPieces is how many pieces of one file go in one operation: with the content
+// that travels inside it is less than a record.
+const maxPieces = 2500
+
+// recordHead is more than what a record holds besides its operations.
+const recordHead = 1 << 10
 
 // parcel is one file's share of a ship.
 type parcel struct {
@@ -51,17 +59,22 @@ func (c *Client) ship(ctx context.Context) error {
 			err = lostErr()
 		}
 	}
-	var r vice.ApplyReply
-	if err == nil {
-		r, _, _, err = c.apply(ctx, ops, nil, nil)
+	var results []volume.Result
+	for _, part := range records(ops) {
+		if err != nil {
+			break
+		}
+		var r vice.ApplyReply
+		r, _, _, err = c.apply(ctx, part, nil, nil)
+		results = append(results, r.Results...)
 	}
 	if err == nil {
 		alloc := make(map[ids.Inode]uint64, len(parcels))
-		for i := range r.Results {
-			if a := attrOf(&r.Results[i], ops[i].Ino); a != nil {
+		for i := range results {
+			if a := attrOf(&results[i], ops[i].Ino); a != nil {
 				alloc[a.Ino] = a.Alloc
 			}
-			if e := r.Results[i]; e.Err != 0 && errs.Class(e.Err) != errs.NotFound {
+			if e := results[i]; e.Err != 0 && errs.Class(e.Err) != errs.NotFound {
 				// The state machine refuses what was done under a lease: a bug here
 				// or there. Nothing of this operation was done.
 				err = errs.E(errs.IO, "ship", "", "operation %d on inode %d refused: %s", i, ops[i].Ino, e.Why)
@@ -84,6 +97,25 @@ func (c *Client) Settle(ctx context.Context) error {
 		return nil
 	}
 	return c.ship(ctx)
+}
+
+// records divides operations among log records: one, but for a flood of pages
+// written back from mappings.
+func records(ops []volume.Op) [][]volume.Op {
+	var out [][]volume.Op
+	first, size := 0, 0
+	for i := range ops {
+		n := fileCost
+		for _, e := range ops[i].Extents {
+			n += pieceCost + len(e.Data)
+		}
+		if i > first && (size+n > volume.MaxBatch-recordHead || i-first == volume.MaxOps) {
+			out = append(out, ops[first:i])
+			first, size = i, 0
+		}
+		size += n
+	}
+	return append(out, ops[first:])
 }
 
 // takeCut moves everything pending to shipping.
@@ -136,7 +168,12 @@ func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, erro
 					puts = append(puts, put{&es[i], data})
 				}
 			}
-			pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Extents: es, Size: a.Size, Time: a.Mtime})
+			for part := range slices.Chunk(es, maxPieces) {
+				pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Extents: part, Size: a.Size, Time: a.Mtime})
+			}
+			if len(es) == 0 {
+				pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Size: a.Size, Time: a.Mtime})
+			}
 		}
 		set := pc.p.set
 		if pc.p.trunc != noTrunc || pc.p.grown {
@@ -185,6 +222,7 @@ func (c *Client) shipped(parcels []*parcel, alloc map[ids.Inode]uint64) {
 			in.shipping = nil
 			in.attr.Alloc = alloc[in.ino]
 			c.dirty.Add(-int64(pc.p.bytes))
+			c.record.Add(-int64(pc.p.cost()))
 			in.loads++ // a load in progress may or may not have seen this
 			if in.loaded {
 				if pc.p.trunc != noTrunc {
@@ -214,12 +252,13 @@ func (c *Client) unship(parcels []*parcel) {
 		in.mu.Lock()
 		if in.shipping == pc.p {
 			in.shipping = nil
-			before := pc.p.bytes
+			bytes, cost := pc.p.bytes, pc.p.cost()
 			if in.pending != nil {
-				before += in.pending.bytes
+				bytes, cost = bytes+in.pending.bytes, cost+in.pending.cost()
 				pc.p.merge(in.pending)
 			}
-			c.dirty.Add(int64(pc.p.bytes - before))
+			c.dirty.Add(int64(pc.p.bytes - bytes))
+			c.record.Add(int64(pc.p.cost() - cost))
 			in.pending = pc.p
 			c.mu.Lock()
 			c.dirtySet[in] = struct{}{}
@@ -274,7 +313,7 @@ func (c *Client) lose(epoch uint64, why string) {
 	c.mu.Unlock()
 	c.cfg.Log.Warn("session lost", "session", uint64(old.id), "why", why)
 	c.cut.Lock()
-	hurt := map[*inode]bool{}
+	hurt, locked := map[*inode]bool{}, map[*inode]bool{}
 	for _, in := range ins {
 		in.mu.Lock()
 		dropped := 0
@@ -283,11 +322,12 @@ func (c *Client) lose(epoch uint64, why string) {
 				dropped += p.bytes
 				hurt[in] = true
 				c.dirty.Add(-int64(p.bytes))
+				c.record.Add(-int64(p.cost()))
 			}
 		}
 		in.shipping, in.pending = nil, nil
 		if in.locked {
-			hurt[in] = true
+			locked[in] = true
 			in.locked = false
 		}
 		if hurt[in] && dropped > 0 {
@@ -301,7 +341,7 @@ func (c *Client) lose(epoch uint64, why string) {
 	}
 	c.cut.Unlock()
 	for _, h := range hs {
-		if hurt[h.in] && h.flags&accMode != 0 {
+		if hurt[h.in] && h.flags&accMode != 0 || locked[h.in] {
 			h.mu.Lock()
 			h.lost = true
 			h.mu.Unlock()

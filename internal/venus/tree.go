@@ -194,6 +194,14 @@ func (in *inode) modify(t int64) {
 // caller ends the admission (inode.done, or Replied).
 func (c *Client) alter(ctx context.Context, in *inode, n need, f func(p *pending) error) error {
 	n.mode, n.content = vice.Write, true
+	// What is pending goes in one record. Pages written back from a mapping must
+	// not wait for a session; their order is the kernel's choice, so that several
+	// records do no harm.
+	for !n.launder && c.record.Load() > maxRecord {
+		if err := c.ship(ctx); err != nil {
+			return err
+		}
+	}
 	if _, err := c.ensure(ctx, in, n, nil); err != nil {
 		return err
 	}
@@ -210,9 +218,10 @@ func (c *Client) alter(ctx context.Context, in *inode, n need, f func(p *pending
 	if p == nil {
 		p = newPending()
 	}
-	before := p.bytes
+	bytes, cost := p.bytes, p.cost()
 	err := f(p)
-	c.dirty.Add(int64(p.bytes - before))
+	c.dirty.Add(int64(p.bytes - bytes))
+	c.record.Add(int64(p.cost() - cost))
 	if !p.empty() && in.pending == nil {
 		in.pending = p
 		c.mu.Lock()
