@@ -345,15 +345,16 @@ func ask[R any](c *Client, ctx context.Context, method string, build func(vice.C
 	}
 }
 
-// apply has operations done exactly once. Their results may be relied on
-// whatever became of the leader; leases given with them only if fresh.
-func (c *Client) apply(ctx context.Context, ops []volume.Op, relinquish []vice.Held, want []ids.Inode) (r vice.ApplyReply, s session, fresh bool, err error) {
-	if s, err = c.valid(ctx); err != nil {
+// apply has operations done exactly once, under the session first: in no other
+// would they be about the same leases. Their results may be relied on whatever
+// became of the leader; leases given with them only if fresh. What is
+// relinquished was held in first's term.
+func (c *Client) apply(ctx context.Context, first session, ops []volume.Op, relinquish []vice.Held, want []ids.Inode) (r vice.ApplyReply, s session, fresh bool, err error) {
+	if s, err = c.still(ctx, first); err != nil {
 		return r, s, false, err
 	}
-	first := s
 	c.mu.Lock()
-	if c.sess.id != s.id {
+	if c.sess.id != first.id {
 		c.mu.Unlock()
 		return r, s, false, lostErr()
 	}
@@ -363,7 +364,9 @@ func (c *Client) apply(ctx context.Context, ops []volume.Op, relinquish []vice.H
 	c.mu.Unlock()
 	defer func() {
 		c.mu.Lock()
-		delete(c.flying, seq)
+		if c.sess.id == first.id { // another session counts anew
+			delete(c.flying, seq)
+		}
 		c.mu.Unlock()
 	}()
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
@@ -391,14 +394,31 @@ func (c *Client) apply(ctx context.Context, ops []volume.Op, relinquish []vice.H
 			return r, s, false, gaveUp(ctx, err.Error())
 		}
 		pause(ctx, wait)
-		now, verr := c.valid(ctx)
-		if verr != nil {
-			return r, s, false, verr
+		if s, err = c.still(ctx, first); err != nil {
+			return r, s, false, err
 		}
-		if now.id != first.id {
-			return r, s, false, lostErr()
+	}
+}
+
+// still waits until the session first may be relied on, perhaps in a later term.
+// It fails at once when that session is lost: purge waits for some who call it.
+func (c *Client) still(ctx context.Context, first session) (session, error) {
+	for {
+		c.mu.Lock()
+		s, changed := c.sess, c.changed
+		c.mu.Unlock()
+		switch {
+		case s.id != first.id || s.id == 0:
+			return s, lostErr()
+		case c.alive():
+			return s, nil
 		}
-		s = now
+		select {
+		case <-changed:
+		case <-time.After(50 * time.Millisecond): // expired, and not lost yet
+		case <-ctx.Done():
+			return s, gaveUp(ctx, "no session with the volume's leader: too few storing nodes answer")
+		}
 	}
 }
 

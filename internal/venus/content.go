@@ -48,12 +48,13 @@ func (c *Client) load(ctx context.Context, in *inode) error {
 func (c *Client) fetchExtents(ctx context.Context, ino ids.Inode, epoch uint64) (extents, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	c.while(ctx, epoch, cancel)
 	var base extents
 	for from := uint64(0); ; {
 		if c.epoch() != epoch {
 			return nil, lostErr()
 		}
-		r, s, err := ask[vice.ExtentsReply](c, c.while(ctx, epoch, cancel), vice.MethodExtents, func(k vice.Caller) any {
+		r, s, err := ask[vice.ExtentsReply](c, ctx, vice.MethodExtents, func(k vice.Caller) any {
 			return vice.ExtentsRequest{Caller: k, Ino: ino, From: from}
 		})
 		if c.epoch() != epoch || err == nil && s.epoch != epoch {
@@ -71,8 +72,8 @@ func (c *Client) fetchExtents(ctx context.Context, ino ids.Inode, epoch uint64) 
 	}
 }
 
-// while cancels ctx when the epoch is over.
-func (c *Client) while(ctx context.Context, epoch uint64, cancel context.CancelFunc) context.Context {
+// while sees to it that cancel is called when the epoch is over, until ctx ends.
+func (c *Client) while(ctx context.Context, epoch uint64, cancel context.CancelFunc) {
 	c.mu.Lock()
 	s, changed := c.sess, c.changed
 	c.mu.Unlock()
@@ -89,7 +90,6 @@ func (c *Client) while(ctx context.Context, epoch uint64, cancel context.CancelF
 		}
 		cancel()
 	}()
-	return ctx
 }
 
 // piece is a part of an answer that comes from a block.
@@ -109,6 +109,7 @@ func (c *Client) readAt(ctx context.Context, in *inode, off uint64, buf []byte) 
 		in.mu.Unlock()
 		return 0, lostErr()
 	}
+	epoch := in.epoch
 	size := in.attr.Size
 	if off >= size {
 		in.mu.Unlock()
@@ -124,7 +125,7 @@ func (c *Client) readAt(ctx context.Context, in *inode, off uint64, buf []byte) 
 		}
 	}
 	var pieces []piece
-	for i := in.base.from(off); i < len(in.base) && in.base[i].Off < below; i++ {
+	for i := in.base.from(off); off < below && i < len(in.base) && in.base[i].Off < below; i++ {
 		e := cutExtent(in.base[i], off, below)
 		dst := buf[e.Off-off:][:e.Len]
 		switch {
@@ -147,8 +148,17 @@ func (c *Client) readAt(ctx context.Context, in *inode, off uint64, buf []byte) 
 		over = in.pending.patches(over, off, end)
 	}
 	in.mu.Unlock()
+	if len(pieces) > 0 { // purge waits for this request
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		defer cancel()
+		c.while(ctx, epoch, cancel)
+	}
 	for _, p := range pieces { // blocks never change
 		b, err := c.cfg.Blocks.Get(ctx, p.name)
+		if err != nil && c.epoch() != epoch {
+			err = lostErr()
+		}
 		if err != nil {
 			return 0, err
 		}
@@ -238,6 +248,7 @@ func (c *Client) Fallocate(ctx context.Context, ino ids.Inode, fh, off, length u
 		return errs.NotSupported.Err()
 	}
 	punch := mode&(punchHole|zeroRange) != 0
+	var s session
 	for {
 		again := false
 		if punch { // content pending there goes first, then the hole
@@ -250,6 +261,7 @@ func (c *Client) Fallocate(ctx context.Context, ino ids.Inode, fh, off, length u
 				again = true
 				return nil
 			}
+			s, _ = c.current()
 			if mode&keepSize == 0 && end > in.attr.Size {
 				in.attr.Size = end
 				p.grown = true
@@ -270,7 +282,7 @@ func (c *Client) Fallocate(ctx context.Context, ino ids.Inode, fh, off, length u
 	if !punch {
 		return nil
 	}
-	r, _, _, err := c.apply(ctx, []volume.Op{{Kind: volume.OpPunch, Ino: ino, Off: off, Len: length, Time: now()}}, nil, nil)
+	r, _, _, err := c.apply(ctx, s, []volume.Op{{Kind: volume.OpPunch, Ino: ino, Off: off, Len: length, Time: now()}}, nil, nil)
 	if err != nil {
 		return err
 	}

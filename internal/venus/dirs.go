@@ -284,6 +284,12 @@ const lockTurn = 5 * time.Second
 func (c *Client) SetLock(ctx context.Context, ino ids.Inode, l volume.Lock, wait bool) error {
 	in := c.inode(ino)
 	in.mu.Lock()
+	for in.unlocks > 0 {
+		if err := in.wait(ctx); err != nil {
+			in.mu.Unlock()
+			return err
+		}
+	}
 	in.locked = in.locked || l.Type != syscall.F_UNLCK
 	in.mu.Unlock()
 	for {
@@ -300,16 +306,17 @@ func (c *Client) SetLock(ctx context.Context, ino ids.Inode, l volume.Lock, wait
 		case err == nil && r.Conflict == nil:
 			return nil
 		case wait && ctx.Err() != nil:
-			// It may have been granted at the last moment: give it back.
-			l.Type = syscall.F_UNLCK
+			// It may have been granted at the last moment, in place of another that
+			// the owner held: asked again without waiting, it is had or it is not.
 			bg, cancel := context.WithTimeout(context.Background(), opLimit)
 			defer cancel()
-			if _, _, err := ask[vice.LockReply](c, bg, vice.MethodLock, func(k vice.Caller) any {
+			r, _, err := ask[vice.LockReply](c, bg, vice.MethodLock, func(k vice.Caller) any {
 				return vice.LockRequest{Caller: k, Ino: ino, Lock: l}
-			}); err != nil {
-				return err
+			})
+			if err == nil && r.Conflict != nil {
+				err = errs.Interrupted.Err()
 			}
-			return errs.Interrupted.Err()
+			return err
 		case wait && (err == nil || errs.Has(err, errs.Timeout)):
 			continue
 		case err != nil:

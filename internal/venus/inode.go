@@ -34,7 +34,8 @@ type inode struct {
 	expecting int    // requests whose answers may bring a lease
 
 	// Revocation.
-	gated    bool // requests for content wait
+	revoking bool // one at a time; nothing is promised to the kernel
+	gated    bool // requests for content wait: while revoking, but for a moment now and then
 	purging  bool // the session was lost: they fail
 	inflight int  // requests for content that use the lease, until they are replied
 	replies  int  // of these: done but for their reply to the kernel
@@ -58,6 +59,7 @@ type inode struct {
 	noted          bool          // the leader remembers us as an opener
 	closing        chan struct{} // closed when the leader has forgotten us
 	locked         bool          // may hold file locks
+	unlocks        int           // ends of flock locks on their way; the kernel may use their owners again
 }
 
 type dentry struct {
@@ -290,7 +292,7 @@ func (in *inode) done() {
 // and drops the lease. It returns the grant given up.
 func (c *Client) revoke(ctx context.Context, in *inode) (vice.Held, error) {
 	in.mu.Lock()
-	for in.gated { // another revocation is under way
+	for in.revoking {
 		if err := in.wait(ctx); err != nil {
 			in.mu.Unlock()
 			return vice.Held{}, err
@@ -302,7 +304,8 @@ func (c *Client) revoke(ctx context.Context, in *inode) (vice.Held, error) {
 		in.mu.Unlock()
 		return h, nil
 	}
-	in.gated = true
+	epoch := in.epoch
+	in.revoking, in.gated = true, true
 	err := c.quiesce(ctx, in)
 	for err == nil && !(in.pending.empty() && in.shipping == nil) {
 		in.mu.Unlock()
@@ -310,11 +313,14 @@ func (c *Client) revoke(ctx context.Context, in *inode) (vice.Held, error) {
 		in.mu.Lock()
 	}
 	h := vice.Held{Ino: in.ino, Seq: in.seq, Open: in.opens > 0}
+	if err == nil && in.epoch != epoch {
+		err = lostErr() // and the lease it had with it; there may be another
+	}
 	if err == nil {
 		in.forget()
 		in.noted = in.noted || h.Open
 	}
-	in.gated = false
+	in.revoking, in.gated = false, false
 	in.changed()
 	in.mu.Unlock()
 	return h, err
@@ -372,7 +378,12 @@ func (c *Client) onRecall(ctx context.Context, from ids.Node, req, _ []byte) (an
 	if err != nil {
 		return nil, nil, err
 	}
-	s, _ := c.current()
+	c.mu.Lock()
+	s, losing := c.sess, c.losing
+	c.mu.Unlock()
+	if losing { // the kernel's caches are being emptied
+		return nil, nil, errs.E(errs.Unavailable, "recall", "", "a session is being given up here")
+	}
 	if q.Session != s.id || q.Term != s.term {
 		// Not of this session or term: nothing of it is in use here. A recall of a
 		// later term than we know cannot be: its leader takes over first.
@@ -471,7 +482,7 @@ func (c *Client) entry(in *inode) fusefs.Entry {
 			e.Attr.Alloc = max(e.Attr.Alloc, min(e.Attr.Alloc+uint64(p.bytes), e.Attr.Size))
 		}
 	}
-	if in.known && !in.isDir() && c.holds(in, vice.Read) {
+	if in.known && !in.revoking && !in.isDir() && c.holds(in, vice.Read) {
 		e.Until = clock.Instant(c.expires.Load())
 	}
 	return e

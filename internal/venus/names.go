@@ -46,6 +46,10 @@ type parked struct {
 }
 
 func (c *Client) mutateOnce(ctx context.Context, op volume.Op, m mutation) (*volume.Result, error) {
+	under, err := c.valid(ctx)
+	if err != nil {
+		return nil, err
+	}
 	var held []vice.Held
 	for _, in := range m.files {
 		h, err := c.revoke(ctx, in)
@@ -79,7 +83,7 @@ func (c *Client) mutateOnce(ctx context.Context, op volume.Op, m mutation) (*vol
 	for _, d := range m.others {
 		give(d, nil)
 	}
-	r, s, fresh, err := c.apply(ctx, []volume.Op{op}, held, want)
+	r, s, fresh, err := c.apply(ctx, under, []volume.Op{op}, held, want)
 	for i, d := range m.dirs {
 		d.mu.Lock()
 		d.expecting--
@@ -160,6 +164,10 @@ func (c *Client) create(ctx context.Context, caller fusefs.Caller, op volume.Op,
 		if at := attrOf(res, res.Ino); at != nil {
 			a = *at
 			in.seen(at)
+		}
+		if op.Flags&volume.CreateTmpfile != 0 {
+			in.renewEpoch(s.epoch)
+			in.noted = true // the last close lets it go
 		}
 		if open {
 			in.opens++

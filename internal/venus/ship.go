@@ -54,18 +54,13 @@ func (c *Client) ship(ctx context.Context) error {
 	ctx, cancel := steady(ctx)
 	defer cancel()
 	ops, err := c.pack(ctx, parcels)
-	if err == nil {
-		if now, ok := c.current(); !ok || now.id != s.id {
-			err = lostErr()
-		}
-	}
 	var results []volume.Result
 	for _, part := range records(ops) {
 		if err != nil {
 			break
 		}
 		var r vice.ApplyReply
-		r, _, _, err = c.apply(ctx, part, nil, nil)
+		r, _, _, err = c.apply(ctx, s, part, nil, nil)
 		results = append(results, r.Results...)
 	}
 	if err == nil {
@@ -143,16 +138,18 @@ func (c *Client) takeCut() []*parcel {
 
 // pack turns parcels into operations and stores their larger pieces as blocks.
 func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, error) {
-	type put struct {
-		e    *volume.Extent
+	// Pieces share blocks: a block is a file on three disks.
+	type bin struct {
 		data []byte
+		es   []*volume.Extent
 	}
-	var puts []put
+	var bins []*bin
+	open := &bin{}
 	inline := 0
 	for _, pc := range parcels {
 		ino, a := pc.in.ino, &pc.attr
 		if pc.p.trunc != noTrunc {
-			pc.ops = append(pc.ops, volume.Op{Kind: volume.OpSetAttr, Ino: ino, Mask: volume.SetSize, Size: pc.p.trunc, Time: a.Mtime})
+			pc.ops = append(pc.ops, volume.Op{Kind: volume.OpSetAttr, Ino: ino, Mask: volume.SetSize, Size: pc.p.trunc})
 		}
 		if pc.p.grown {
 			spans := pc.p.spans()
@@ -165,14 +162,19 @@ func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, erro
 					es[i].Data = data
 					inline += len(data)
 				} else {
-					puts = append(puts, put{&es[i], data})
+					if len(open.data)+len(data) > volume.MaxBlock {
+						bins, open = append(bins, open), &bin{}
+					}
+					es[i].From = uint32(len(open.data))
+					open.data = append(open.data, data...) // a copy: a slow disk may read it after the chunk has changed
+					open.es = append(open.es, &es[i])
 				}
 			}
 			for part := range slices.Chunk(es, maxPieces) {
-				pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Extents: part, Size: a.Size, Time: a.Mtime})
+				pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Extents: part, Size: a.Size})
 			}
 			if len(es) == 0 {
-				pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Size: a.Size, Time: a.Mtime})
+				pc.ops = append(pc.ops, volume.Op{Kind: volume.OpWrite, Ino: ino, Size: a.Size})
 			}
 		}
 		set := pc.p.set
@@ -185,10 +187,13 @@ func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, erro
 		}
 	}
 	// Four at a time keep the disks busy without holding every copy in memory.
+	if len(open.es) > 0 {
+		bins = append(bins, open)
+	}
 	var wg sync.WaitGroup
 	sem := make(chan struct{}, 4)
-	errc := make(chan error, len(puts))
-	for _, p := range puts {
+	errc := make(chan error, len(bins))
+	for _, p := range bins {
 		sem <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-sem }()
@@ -197,7 +202,9 @@ func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, erro
 				errc <- err
 				return
 			}
-			p.e.Block = &name
+			for _, e := range p.es {
+				e.Block = &name
+			}
 		})
 	}
 	wg.Wait()
@@ -301,6 +308,7 @@ func (c *Client) lose(epoch uint64, why string) {
 	c.losing = true
 	c.expires.Store(0)
 	c.sess = session{epoch: epoch + 1}
+	c.wakeLocked()
 	ins := make([]*inode, 0, len(c.inodes))
 	for _, in := range c.inodes {
 		ins = append(ins, in)
@@ -414,7 +422,7 @@ func (c *Client) sweepRegularly(ctx context.Context) {
 
 func (c *Client) sweep(ctx context.Context, in *inode, idle time.Duration) {
 	in.mu.Lock()
-	busy := in.opens > 0 || in.inflight > 0 || in.expecting > 0 || in.gated || in.purging || in.closing != nil ||
+	busy := in.opens > 0 || in.inflight > 0 || in.expecting > 0 || in.revoking || in.purging || in.closing != nil ||
 		!in.pending.empty() || in.shipping != nil || clock.Now().Sub(in.used) < idle
 	held := in.mode != vice.None
 	s, _ := c.current()
@@ -438,8 +446,8 @@ func (c *Client) sweep(ctx context.Context, in *inode, idle time.Duration) {
 		return
 	}
 	defer in.mu.Unlock()
-	if in.lookups == 0 && in.opens == 0 && in.mode == vice.None && in.expecting == 0 && in.inflight == 0 &&
-		in.pending == nil && in.shipping == nil && !in.gated && in.closing == nil {
+	if in.ino != ids.RootInode && in.lookups == 0 && in.opens == 0 && in.mode == vice.None && in.expecting == 0 && in.inflight == 0 &&
+		in.pending == nil && in.shipping == nil && !in.revoking && in.closing == nil {
 		delete(c.inodes, in.ino)
 	}
 }

@@ -46,8 +46,8 @@ func (c *Client) Lookup(ctx context.Context, _ fusefs.Caller, parent ids.Inode, 
 			}
 			if ok {
 				ent, err := c.look(ctx, e.ino)
-				if errs.Has(err, errs.NotFound) && !c.stillHolds(d) {
-					continue // the name went with the lease
+				if errs.Has(err, errs.NotFound) && !c.leads(d, name, e.ino) {
+					continue // another was put in its place
 				}
 				return ent, err
 			}
@@ -58,10 +58,11 @@ func (c *Client) Lookup(ctx context.Context, _ fusefs.Caller, parent ids.Inode, 
 	}
 }
 
-func (c *Client) stillHolds(in *inode) bool {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	return c.holds(in, vice.Read)
+// leads reports whether a name is known to lead to ino now.
+func (c *Client) leads(d *inode, name string, ino ids.Inode) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return c.holds(d, vice.Read) && d.entries[name].ino == ino
 }
 
 // look returns the entry of an inode and counts a lookup.
@@ -473,7 +474,16 @@ func (c *Client) Release(ino ids.Inode, fh, owner uint64, unlock bool) {
 		return
 	}
 	if unlock {
-		go c.unlockAll(h.in, volume.LockFlock, owner)
+		h.in.mu.Lock()
+		h.in.unlocks++
+		h.in.mu.Unlock()
+		go func() {
+			c.unlockAll(h.in, volume.LockFlock, owner)
+			h.in.mu.Lock()
+			h.in.unlocks--
+			h.in.changed()
+			h.in.mu.Unlock()
+		}()
 	}
 	c.closeInode(h.in, h.flags&accMode != syscall.O_RDONLY)
 }

@@ -44,10 +44,17 @@ func (s *Server) open(ctx context.Context, from ids.Node, q *OpenRequest) (OpenR
 			old = append(old, id)
 		}
 	}
-	if l.sessions[r.Session] == nil {
+	over := false
+	if ss := l.sessions[r.Session]; ss == nil {
 		l.sessions[r.Session] = &session{id: r.Session, node: from, renewed: arrived, taken: true}
+	} else { // the same request again: its node counts from the later one
+		over = ss.ending
+		ss.renewed = max(ss.renewed, arrived)
 	}
 	l.mu.Unlock()
+	if over {
+		return OpenReply{}, errs.E(errs.Unavailable, "open session", "", "session %d is being ended", r.Session)
+	}
 	for _, id := range old { // the log ended them with the same entry
 		l.forget(id)
 	}
@@ -64,8 +71,9 @@ func (s *Server) renew(ctx context.Context, from ids.Node, q *RenewRequest) (Ren
 	if _, err := s.cfg.Replica.ReadIndex(ctx); err != nil {
 		return RenewReply{}, err
 	}
-	if l.ctx.Err() != nil {
-		return RenewReply{}, context.Cause(l.ctx)
+	// Another leader may have confirmed it, who knows nothing of this renewal.
+	if leader, term := s.cfg.Replica.Leader(); leader != s.cfg.Self || term != l.term || l.ctx.Err() != nil {
+		return RenewReply{}, errs.E(errs.NotLeader, "renew", "", "group %d is led by %v", s.cfg.Group, leader)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -180,11 +188,11 @@ func (s *Server) lookup(ctx context.Context, from ids.Node, q *LookupRequest) (L
 			return r, nil
 		}
 		l.giveBack(q.Session, r.Child)
-		if !errs.Has(err, errs.NotFound) || r.Dir.Mode != None {
+		if !errs.Has(err, errs.NotFound) || ctx.Err() != nil {
 			l.giveBack(q.Session, r.Dir)
 			return LookupReply{}, err
 		}
-		// Removed since, and nothing held it: look again.
+		// Removed since: the directory was not held, or not for long. Look again.
 		r.Child, r.Ino = Grant{}, 0
 	}
 }
@@ -298,6 +306,11 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 		if e.Kind == lease.Gone {
 			return ApplyReply{}, errs.E(errs.Stale, "apply", "", "session %d is over", q.Session)
 		}
+		l.mu.Lock()
+		for _, h := range held {
+			wake(l.freed, h.Ino)
+		}
+		l.mu.Unlock()
 		held = nil
 		again, err := s.resolve(l, q)
 		if err != nil {
@@ -309,13 +322,14 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 		l.unclaim(claim) // a name led elsewhere meanwhile
 	}
 	removed := s.keep(l, q)
-	defer removed() // again, when the proposal failed
 	// Not given up with the caller: until its fate is known nobody may be given a
 	// lease on the state before it.
 	res, err := l.propose(l.ctx, &volume.Command{Session: q.Session, Seq: q.Seq, Acked: q.Acked, Ops: q.Ops})
 	if err != nil {
 		if undecided(err) {
 			claim = 0 // kept for what is left of this role: the next leader may commit it
+		} else {
+			removed()
 		}
 		return ApplyReply{}, err
 	}

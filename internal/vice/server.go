@@ -143,8 +143,8 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			if l != nil {
-				l.end(ctx.Err())
+			if l != nil { // clients go on with the next leader
+				l.end(errs.E(errs.Unavailable, "serve", "", "this node stops serving group %d", s.cfg.Group))
 			}
 			return nil
 		case <-s.nudge:
@@ -477,7 +477,7 @@ func (l *leadership) shipped(ctx context.Context, by ids.Session, ino ids.Inode)
 		}
 		freed := waitOn(l.freed, ino)
 		if !held {
-			delete(l.freed, ino)
+			wake(l.freed, ino) // all who wait for it
 			l.mu.Unlock()
 			return nil
 		}
@@ -502,11 +502,20 @@ func (l *leadership) send(recalls []lease.Effect) {
 func (l *leadership) recall(e lease.Effect) {
 	req := RecallRequest{Caller: Caller{Group: l.s.cfg.Group, Session: e.Session, Term: l.term}, Ino: e.Ino, Seq: e.Seq}
 	for l.ctx.Err() == nil {
+		var recalls []lease.Effect
 		l.mu.Lock()
 		ss := l.sessions[e.Session]
 		h, held := l.table.Find(e.Session, e.Ino)
+		over := ss == nil || !held || h.Seq != e.Seq
+		if ss == nil && held { // given to a request that outlived its session
+			recalls = l.answer(l.table.SessionEnded(clock.Now(), e.Session))
+		}
+		if over {
+			wake(l.freed, e.Ino)
+		}
 		l.mu.Unlock()
-		if ss == nil || !held || h.Seq != e.Seq {
+		l.send(recalls)
+		if over {
 			return
 		}
 		ctx, cancel := context.WithTimeout(l.ctx, Term)
