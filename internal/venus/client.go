@@ -123,6 +123,8 @@ func (c *Client) Run(ctx context.Context) error {
 
 // keepSession opens a session, renews it, and opens another when it is lost.
 func (c *Client) keepSession(ctx context.Context) {
+	var again sync.WaitGroup
+	defer again.Wait()
 	for ctx.Err() == nil {
 		c.mu.Lock()
 		losing, changed := c.losing, c.changed
@@ -138,6 +140,8 @@ func (c *Client) keepSession(ctx context.Context) {
 			if err := c.openSession(ctx); err != nil {
 				c.cfg.Log.Debug("no session yet", "err", err)
 				pause(ctx, 100*time.Millisecond)
+			} else {
+				again.Go(func() { c.reopen(ctx) })
 			}
 			continue
 		}
@@ -196,6 +200,30 @@ func (c *Client) openSession(ctx context.Context) error {
 	c.mu.Unlock()
 	c.cfg.Log.Info("session opened", "session", uint64(r.Session), "term", r.Term)
 	return nil
+}
+
+// reopen tells the leader of a new session which inodes are open here, so that it
+// keeps them when their names go.
+func (c *Client) reopen(ctx context.Context) {
+	var open []*inode
+	c.mu.Lock()
+	for _, h := range c.handles {
+		open = append(open, h.in)
+	}
+	c.mu.Unlock()
+	ctx, cancel := limit(ctx)
+	defer cancel()
+	for _, in := range open {
+		in.mu.Lock()
+		tell := in.opens > 0 && !(in.noted && in.epoch == c.epoch())
+		in.mu.Unlock()
+		if !tell {
+			continue
+		}
+		if _, err := c.ensure(ctx, in, need{mode: vice.Read, open: true, once: true}, nil); err != nil {
+			c.cfg.Log.Warn("the leader was not told of an open file", "inode", uint64(in.ino), "err", err)
+		}
+	}
 }
 
 func (c *Client) renew(ctx context.Context, s session) error {
