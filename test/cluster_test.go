@@ -116,6 +116,7 @@ func (c *cluster) lab(verb string, args ...string) {
 }
 
 func TestThreeNodesAreOneComputer(t *testing.T) {
+	t.Parallel()
 	c := up(t, 3)
 	c.must("n1", "mkdir /unum/d && echo one > /unum/d/f")
 	if got := c.must("n2", "cat /unum/d/f"); got != "one\n" {
@@ -182,6 +183,7 @@ func TestThreeNodesAreOneComputer(t *testing.T) {
 }
 
 func TestAllLosePowerAndReturn(t *testing.T) {
+	t.Parallel()
 	c := up(t, 3)
 	for i := range 3 {
 		c.must("n1", fmt.Sprintf("head -c 300000 /dev/urandom > /unum/big%d && sync /unum/big%d && echo %d > /unum/small && sync /unum/small", i, i, i))

@@ -68,6 +68,7 @@ func callersWorker(args []string) int {
 // 200 commands from 8 callers on two nodes, spread over three, one of which dies
 // meanwhile: every caller gets the true result.
 func TestEveryCallerGetsTheTrueResult(t *testing.T) {
+	t.Parallel()
 	const each = 25
 	c := up(t, 3)
 	c.must("n1", "mkdir /unum/ran")

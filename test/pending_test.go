@@ -64,6 +64,7 @@ func flood(dir string) error {
 }
 
 func TestMoreIsPendingThanARecordHolds(t *testing.T) {
+	t.Parallel()
 	c := up(t, 3)
 	c.must("n1", "mkdir /unum/flood")
 	if out, err := c.worker("n1", "flood", "/unum/flood").CombinedOutput(); err != nil {

@@ -45,6 +45,7 @@ func posixWorker(args []string) int {
 var posixAllowed = []string{"FcntlFlockLocksFile"}
 
 func TestPosix(t *testing.T) {
+	t.Parallel()
 	c := up(t, 3)
 	cmd := c.worker("n2", "posix", "/unum/posix")
 	out, err := cmd.CombinedOutput()

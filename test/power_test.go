@@ -183,6 +183,7 @@ func auditWorker(files []string) int {
 // that fsync (or, for the new name, rename after it) acknowledged is missing,
 // and nothing is there that was not written.
 func TestTenPowerLosses(t *testing.T) {
+	t.Parallel()
 	c := up(t, 3)
 	nodes := []string{"n1", "n2", "n3"}
 	files := map[string][]string{}
