@@ -13,9 +13,7 @@ import (
 // upSized is up with disks of a size.
 func upSized(t *testing.T, nodes int, size string) *cluster {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("cluster tests need root, for namespaces, mounts and loop devices")
-	}
+	needRoot(t)
 	c := &cluster{t: t, bin: builtBinary(t), name: fmt.Sprintf("td%d", os.Getpid())}
 	t.Cleanup(func() {
 		if t.Failed() {

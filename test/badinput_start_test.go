@@ -185,9 +185,7 @@ func labRemains(name string) []string {
 
 // TestInterruptLabUp presses Ctrl-C at every moment of `unum lab up`.
 func TestInterruptLabUp(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("labs need root, for namespaces, mounts and loop devices")
-	}
+	needRoot(t)
 	t.Parallel()
 	bin := builtBinary(t)
 	name := fmt.Sprintf("ti%d", os.Getpid())
@@ -243,9 +241,7 @@ func TestInterruptLabUp(t *testing.T) {
 // TestMissingPrivileges starts a node where something that it needs is missing:
 // one sentence says what and what to do, and nothing is made.
 func TestMissingPrivileges(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("to give privileges up one must have them")
-	}
+	needRoot(t)
 	bin := builtBinary(t)
 	const noDev = "mount -t tmpfs -o mode=755 none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/loop-control c 10 237 && "
 	for _, v := range []struct {

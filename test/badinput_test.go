@@ -208,6 +208,7 @@ func sentence(t *testing.T, what string, r result, code int, want ...string) {
 }
 
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	c := up(t, 3)
 	t.Run("command", func(t *testing.T) { badCommand(t, c.in(t)) })
 	t.Run("directory", func(t *testing.T) { badDirectory(t, c.in(t)) })
