@@ -109,7 +109,7 @@ type guard struct {
 
 // startGuard starts one for m's connection.
 func (m *Mount) startGuard() (_ *guard, err error) {
-	abort, err := m.openAbort()
+	abort, err := openAbort(m.minor)
 	if err != nil {
 		return nil, err
 	}

@@ -76,7 +76,7 @@ func newStuck(t *testing.T, env ...string) (*exec.Cmd, *Mount, <-chan struct{}) 
 		t.Skipf("not mounted: %q", said)
 	}
 	m := &Mount{minor: uint32(minor)}
-	abort, err := m.openAbort()
+	abort, err := openAbort(m.minor)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@ package fusefs
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -379,7 +380,13 @@ func (m *Mount) Abort() error {
 
 // abortByControl writes to the connection's abort file.
 func (m *Mount) abortByControl() error {
-	fd, err := m.openAbort()
+	return AbortConnection(m.minor)
+}
+
+// AbortConnection ends the FUSE connection of the mount with the given minor
+// device number, whoever serves it: all that waits for an answer gets an error.
+func AbortConnection(minor uint32) error {
+	fd, err := openAbort(minor)
 	if err != nil {
 		return err
 	}
@@ -387,9 +394,9 @@ func (m *Mount) abortByControl() error {
 	return errors.Join(err, unix.Close(fd))
 }
 
-// openAbort opens the connection's abort file, through a mount of the control
-// file system that no name leads to.
-func (m *Mount) openAbort() (fd int, err error) {
+// openAbort opens a connection's abort file, through a mount of the control file
+// system that no name leads to.
+func openAbort(minor uint32) (fd int, err error) {
 	fs, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return -1, err
@@ -403,5 +410,15 @@ func (m *Mount) openAbort() (fd int, err error) {
 		return -1, err
 	}
 	defer func() { err = errors.Join(err, unix.Close(dir)) }()
-	return unix.Openat(dir, strconv.FormatUint(uint64(m.minor), 10)+"/abort", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	return unix.Openat(dir, strconv.FormatUint(uint64(minor), 10)+"/abort", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+}
+
+// directEmpties is the minor version of the kernel's protocol from which a write
+// through a direct handle empties the pages it covers (Linux 6.6).
+const directEmpties = 39
+
+// StalePages reports whether the kernel leaves an inode's cached pages as they
+// were when a handle opened Direct writes; the Tree must then empty them.
+func (m *Mount) StalePages() bool {
+	return binary.NativeEndian.Uint32(m.initReq[inHeaderSize+4:]) < directEmpties
 }

@@ -136,10 +136,15 @@ func cgroupPids(dirs []string) []int {
 	return pids
 }
 
+// stuckAfter is how long a killed process may take to die before its mounts are
+// suspected.
+const stuckAfter = 300 * time.Millisecond
+
 // killCgroups kills every process in dirs, at once where the kernel can
 // (cgroup.kill), and waits until none is left.
 func killCgroups(dirs []string) error {
-	deadline := time.Now().Add(goneTimeout)
+	start := time.Now()
+	deadline, stuck := start.Add(goneTimeout), start.Add(stuckAfter)
 	for {
 		for _, d := range dirs {
 			_ = os.WriteFile(filepath.Join(d, "cgroup.kill"), []byte("1"), 0)
@@ -150,6 +155,10 @@ func killCgroups(dirs []string) error {
 		}
 		for _, pid := range pids {
 			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+		if time.Now().After(stuck) {
+			abortMounts(pids)
+			stuck = time.Now().Add(stuckAfter)
 		}
 		if time.Now().After(deadline) {
 			return errs.E(errs.Timeout, "lab: kill", "", "%d processes (the first: %d) do not die", len(pids), pids[0])

@@ -51,6 +51,9 @@ type Blocks interface {
 // else its pages from off on for length bytes (0: all) too.
 type Kernel interface {
 	InvalidateInode(ino ids.Inode, off, length int64) error
+	// StalePages reports whether the kernel leaves pages as they were when a
+	// handle that bypasses them writes (before Linux 6.6).
+	StalePages() bool
 }
 
 // Config is what a Client needs.
@@ -376,8 +379,16 @@ func ask[R any](c *Client, ctx context.Context, method string, build func(vice.C
 // apply has operations done exactly once, under the session first: in no other
 // would they be about the same leases. Their results may be relied on whatever
 // became of the leader; leases given with them only if fresh. What is
-// relinquished was held in first's term.
-func (c *Client) apply(ctx context.Context, first session, ops []volume.Op, relinquish []vice.Held, want []ids.Inode) (r vice.ApplyReply, s session, fresh bool, err error) {
+// relinquished was held in first's term. With opened, what ops create is open
+// from the start: the leader keeps it for this node until *opened, which apply
+// sets, has been called.
+func (c *Client) apply(ctx context.Context, first session, ops []volume.Op, relinquish []vice.Held, want []ids.Inode, opened *func()) (r vice.ApplyReply, s session, fresh bool, err error) {
+	landed := func() {}
+	if opened == nil {
+		defer func() { landed() }()
+	} else {
+		defer func() { *opened = landed }()
+	}
 	if s, err = c.still(ctx, first); err != nil {
 		return r, s, false, err
 	}
@@ -390,15 +401,15 @@ func (c *Client) apply(ctx context.Context, first session, ops []volume.Op, reli
 	seq := c.seq
 	c.flying[seq] = struct{}{}
 	c.mu.Unlock()
-	defer func() {
+	landed = sync.OnceFunc(func() {
 		c.mu.Lock()
 		if c.sess.id == first.id { // another session counts anew
 			delete(c.flying, seq)
 		}
 		c.mu.Unlock()
-	}()
+	})
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
-		q := vice.ApplyRequest{Caller: c.caller(s), Seq: seq, Acked: c.acked(), Ops: ops}
+		q := vice.ApplyRequest{Caller: c.caller(s), Seq: seq, Acked: c.acked(), Ops: ops, Open: opened != nil}
 		if s.term == first.term { // leases are a term's: a new leader knows none
 			q.Relinquish, q.Want = relinquish, want
 		}

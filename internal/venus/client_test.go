@@ -337,6 +337,7 @@ func TestAbandonedMutationKeepsItsClaim(t *testing.T) {
 type kern struct{ f func(ino ids.Inode) }
 
 func (k kern) InvalidateInode(ino ids.Inode, _, _ int64) error { k.f(ino); return nil }
+func (k kern) StalePages() bool                                { return false }
 
 // Nothing is promised to the kernel between its emptying and the lease's end.
 func TestNoPromiseWhileRevoked(t *testing.T) {
@@ -435,7 +436,7 @@ func TestShipEndsWithItsSession(t *testing.T) {
 	theirs := w.open(b, ino)
 	w.write(b, ino, theirs, 0, []byte("BBBB"))
 	w.ok(b.Fsync(w.ctx, ino, theirs, false))
-	if _, _, _, err := a.apply(w.ctx, s, ops, nil, nil); !errs.Has(err, errs.IO) {
+	if _, _, _, err := a.apply(w.ctx, s, ops, nil, nil, nil); !errs.Has(err, errs.IO) {
 		t.Errorf("the ship of the lost session: %v", err)
 	}
 	if err := a.Fsync(w.ctx, ino, fh, false); !errs.Has(err, errs.IO) {

@@ -282,7 +282,7 @@ func (c *Client) Fallocate(ctx context.Context, ino ids.Inode, fh, off, length u
 	if !punch {
 		return nil
 	}
-	r, _, _, err := c.apply(ctx, s, []volume.Op{{Kind: volume.OpPunch, Ino: ino, Off: off, Len: length, Time: now()}}, nil, nil)
+	r, _, _, err := c.apply(ctx, s, []volume.Op{{Kind: volume.OpPunch, Ino: ino, Off: off, Len: length, Time: now()}}, nil, nil, nil)
 	if err != nil {
 		return err
 	}

@@ -176,8 +176,10 @@ func (c *Client) install(in *inode, g vice.Grant, attr *volume.Attr, s session) 
 	if g.Seq <= in.through || g.Seq < in.seq {
 		return in.mode >= g.Mode
 	}
-	if g.Mode == vice.Read && in.writers > 0 && in.mode == vice.None {
-		// Only a write lease will do while it is open for writing here.
+	if g.Mode == vice.Read && (in.writers > 0 || in.acquiring) && in.mode == vice.None {
+		// Only a write lease will do while it is open for writing here. And a
+		// request that waits in the leader's line with a page locked would never
+		// be served, if the recall of this lease had to wait for that page.
 		in.through = g.Seq
 		go c.release(s, vice.Held{Ino: in.ino, Seq: g.Seq, Open: in.opens > 0})
 		if in.opens > 0 {
@@ -219,11 +221,12 @@ type need struct {
 // held. If n.once and there is none to be had, it returns attributes that may be
 // used once.
 func (c *Client) ensure(ctx context.Context, in *inode, n need, admit func()) (once *volume.Attr, err error) {
-	mode := n.mode
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	start := c.epoch()
+	inLine := false
 	for {
+		mode := n.mode
 		if in.purging && n.content {
 			return nil, lostErr()
 		}
@@ -254,17 +257,28 @@ func (c *Client) ensure(ctx context.Context, in *inode, n need, admit func()) (o
 			// by this very request: let it go so that they can be emptied.
 			return nil, lostErr()
 		}
+		if inLine {
+			mode = vice.Write
+		}
 		in.acquiring = true
 		in.expecting++
 		in.mu.Unlock()
-		r, s, err := ask[vice.AcquireReply](c, ctx, vice.MethodAcquire, func(k vice.Caller) any {
+		actx, cancel := context.WithCancel(ctx)
+		if n.content { // purge waits for this request
+			c.while(actx, start, cancel)
+		}
+		r, s, err := ask[vice.AcquireReply](c, actx, vice.MethodAcquire, func(k vice.Caller) any {
 			return vice.AcquireRequest{Caller: k, Ino: in.ino, Mode: mode, Open: n.open}
 		})
+		cancel()
 		in.mu.Lock()
 		in.acquiring = false
 		in.expecting--
 		in.changed()
 		if err != nil {
+			if n.content && c.epoch() != start {
+				err = lostErr()
+			}
 			return nil, err
 		}
 		ok := c.install(in, r.Grant, &r.Attr, s)
@@ -275,7 +289,11 @@ func (c *Client) ensure(ctx context.Context, in *inode, n need, admit func()) (o
 			if n.once {
 				return &r.Attr, nil
 			}
-			mode = vice.Write // waits in line, so that it will be had
+			// Ask for more than is needed: that waits in line, so it will be had. If
+			// another request brings a lesser lease first, that will do: to go on
+			// waiting while holding it would be for ever, if its recall has to wait
+			// for a page that this request has locked.
+			inLine = true
 		}
 	}
 }

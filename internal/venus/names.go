@@ -19,6 +19,7 @@ type mutation struct {
 	others []*inode                            // directories that it changes otherwise
 	files  []*inode                            // files whose attributes it changes
 	grant  func(r *vice.ApplyReply, s session) // takes leases on what was created
+	opened *func()                             // see apply
 }
 
 // mutate has one operation done by the leader. What is pending goes first, so
@@ -83,7 +84,10 @@ func (c *Client) mutateOnce(ctx context.Context, op volume.Op, m mutation) (*vol
 	for _, d := range m.others {
 		give(d, nil)
 	}
-	r, s, fresh, err := c.apply(ctx, under, []volume.Op{op}, held, want)
+	r, s, fresh, err := c.apply(ctx, under, []volume.Op{op}, held, want, m.opened)
+	if m.opened != nil && (err != nil || r.Results[0].Err != 0) {
+		(*m.opened)() // there is nothing to be kept
+	}
 	for i, d := range m.dirs {
 		d.mu.Lock()
 		d.expecting--
@@ -145,19 +149,26 @@ func attrOf(r *volume.Result, ino ids.Inode) *volume.Attr {
 	return nil
 }
 
-// create makes an inode and returns it with one lookup counted.
+// create makes an inode and returns it with one lookup counted. With open it is
+// kept by the leader, however soon its name goes, until unpin.
 func (c *Client) create(ctx context.Context, caller fusefs.Caller, op volume.Op, open bool) (in *inode, unpin func(), a volume.Attr, err error) {
 	op.Kind, op.Uid, op.Gid, op.Time = volume.OpCreate, caller.Uid, caller.Gid, now()
 	unpin = func() {}
 	m := mutation{delta: func(d *inode, r *volume.Result) {
 		d.entries[op.Name] = dentry{r.Ino, op.Mode}
 	}}
+	opened := func() {}
+	if open {
+		m.opened = &opened
+	}
 	if op.Flags&volume.CreateTmpfile == 0 {
 		m.dirs = []*inode{c.inode(op.Parent)}
 	}
 	m.grant = func(r *vice.ApplyReply, s session) {
 		res := &r.Results[0]
-		in, unpin = c.pin(res.Ino)
+		var let func()
+		in, let = c.pin(res.Ino)
+		unpin = func() { let(); opened() }
 		in.mu.Lock()
 		defer in.mu.Unlock()
 		in.lookups++
@@ -236,6 +247,12 @@ func (c *Client) createOpen(ctx context.Context, caller fusefs.Caller, op volume
 		}
 		// Opened under the lease that came with it; else one is asked for now.
 		o, err := c.open(ctx, in, flags&^syscall.O_TRUNC, false)
+		if errs.Has(err, errs.NotFound) {
+			// Another node removed it and then the leader died, with the word that
+			// it is open here. It is, and has no content any more.
+			o, err = c.openLost(in, flags), nil
+			a.Nlink = 0
+		}
 		c.closeInode(in, false) // the count that create made
 		unpin()
 		if err != nil {

@@ -60,7 +60,7 @@ func (c *Client) ship(ctx context.Context) error {
 			break
 		}
 		var r vice.ApplyReply
-		r, _, _, err = c.apply(ctx, s, part, nil, nil)
+		r, _, _, err = c.apply(ctx, s, part, nil, nil, nil)
 		results = append(results, r.Results...)
 	}
 	if err == nil {

@@ -400,8 +400,33 @@ func (c *Client) newHandle(in *inode, flags uint32) fusefs.Opened {
 	defer c.mu.Unlock()
 	c.nextFh++
 	c.handles[c.nextFh] = &handle{in: in, flags: flags}
-	// Appends go by the file's real end, not the kernel's idea of it.
-	return fusefs.Opened{Handle: c.nextFh, Direct: flags&syscall.O_APPEND != 0 && flags&accMode != syscall.O_RDONLY, KeepCache: true}
+	return fusefs.Opened{Handle: c.nextFh, Direct: direct(flags), KeepCache: true}
+}
+
+// direct reports whether writes through a handle with these flags bypass the
+// kernel's pages. Appends go by the file's real end, not the kernel's idea of it.
+// And a write through a page that the kernel has is seen there before it is sent
+// to us: a program here would read what is not done yet, and may come after the
+// write of another node. What is also read by its descriptor, or mapped, needs
+// pages.
+func direct(flags uint32) bool {
+	return flags&accMode == syscall.O_WRONLY || flags&syscall.O_APPEND != 0 && flags&accMode != syscall.O_RDONLY
+}
+
+// openLost opens what does not exist any more: all that is done with it fails.
+func (c *Client) openLost(in *inode, flags uint32) fusefs.Opened {
+	in.mu.Lock()
+	in.opens++
+	if flags&accMode != syscall.O_RDONLY {
+		in.writers++
+	}
+	in.mu.Unlock()
+	o := c.newHandle(in, flags)
+	h := c.handle(o.Handle)
+	h.mu.Lock()
+	h.lost = true
+	h.mu.Unlock()
+	return o
 }
 
 func (c *Client) handle(fh uint64) *handle {
@@ -573,6 +598,11 @@ func (c *Client) Write(ctx context.Context, ino ids.Inode, fh, off uint64, data 
 			c.cfg.Log.Error("a mapped change was dropped", "inode", uint64(ino), "bytes", len(data), "err", err)
 		}
 		return 0, err
+	}
+	if k := c.kernel.Load(); h != nil && direct(h.flags) && k != nil && (*k).StalePages() {
+		if err := (*k).InvalidateInode(ino, int64(off), int64(len(data))); err != nil {
+			c.cfg.Log.Error("kernel pages not emptied after a direct write", "inode", uint64(ino), "err", err)
+		}
 	}
 	c.useUntilReplied(in)
 	return len(data), nil

@@ -184,6 +184,7 @@ type ApplyRequest struct {
 	Ops        []volume.Op `cbor:"5,keyasint"`
 	Relinquish []Held      `cbor:"6,keyasint,omitempty"`
 	Want       []ids.Inode `cbor:"7,keyasint,omitempty"` // directories on which a read lease is wanted afterwards
+	Open       bool        `cbor:"8,keyasint,omitempty"` // what is created is kept for the client until Acked passes Seq: it opens it
 }
 
 // ApplyReply gives the results, and leases: on what was created (write), and on

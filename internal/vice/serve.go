@@ -279,6 +279,11 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 	}
 	held := make([]lease.Held, len(q.Relinquish))
 	l.mu.Lock()
+	for ino, b := range l.born {
+		if b.by == q.Session && b.seq < q.Acked || l.sessions[b.by] == nil {
+			delete(l.born, ino)
+		}
+	}
 	for i, h := range q.Relinquish {
 		held[i] = lease.Held{Ino: h.Ino, Seq: h.Seq}
 		if h.Open {
@@ -321,6 +326,11 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 		}
 		l.unclaim(claim) // a name led elsewhere meanwhile
 	}
+	noted := l.creating(q)
+	defer noted()
+	if err := l.created(ctx, q); err != nil {
+		return ApplyReply{}, err
+	}
 	removed := s.keep(l, q)
 	// Not given up with the caller: until its fate is known nobody may be given a
 	// lease on the state before it.
@@ -340,6 +350,9 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 	claim = 0
 	for i := range res.Ops {
 		op, rs := &q.Ops[i], &res.Ops[i]
+		if q.Open && op.Kind == volume.OpCreate && rs.Err == 0 {
+			l.born[rs.Ino] = birth{q.Session, q.Seq}
+		}
 		if op.Kind == volume.OpCreate && rs.Err == 0 && op.Mode&syscall.S_IFMT == syscall.S_IFREG && rs.Ino != 0 {
 			if g := l.grantIfFree(q.Session, rs.Ino, Write); g.Mode != None {
 				r.Grants = append(r.Grants, g)
@@ -468,6 +481,9 @@ func (s *Server) keep(l *leadership, q *ApplyRequest) (removed func()) {
 			continue
 		}
 		op.Keep = l.table.Openers(ino)
+		if b, ok := l.born[ino]; ok && !slices.Contains(op.Keep, b.by) && l.sessions[b.by] != nil {
+			op.Keep = append(slices.Clone(op.Keep), b.by)
+		}
 		inos = append(inos, ino)
 		l.removals[ino] = append(l.removals[ino], done)
 	}
@@ -482,6 +498,58 @@ func (s *Server) keep(l *leadership, q *ApplyRequest) (removed func()) {
 		}
 		close(done)
 	})
+}
+
+// creating announces files that will be open from the start. Who removes one
+// waits until noted is called: its opener is not known before.
+func (l *leadership) creating(q *ApplyRequest) (noted func()) {
+	if !q.Open {
+		return func() {}
+	}
+	done := make(chan struct{})
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range q.Ops {
+		l.creates[q.Ops[i].Parent] = append(l.creates[q.Ops[i].Parent], done)
+	}
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		for i := range q.Ops {
+			p := q.Ops[i].Parent
+			rest := slices.DeleteFunc(slices.Clone(l.creates[p]), func(c chan struct{}) bool { return c == done })
+			if l.creates[p] = rest; len(rest) == 0 {
+				delete(l.creates, p)
+			}
+		}
+		close(done)
+	}
+}
+
+// created waits until it is noted who opens what q may remove, if that is just
+// being created.
+func (l *leadership) created(ctx context.Context, q *ApplyRequest) error {
+	var wait []chan struct{}
+	l.mu.Lock()
+	for i := range q.Ops {
+		switch op := &q.Ops[i]; {
+		case op.Kind == volume.OpUnlink && op.Ino != 0:
+			wait = append(wait, l.creates[op.Parent]...)
+		case op.Kind == volume.OpRename && op.ToIno != 0:
+			wait = append(wait, l.creates[op.ToParent]...)
+		}
+	}
+	l.mu.Unlock()
+	for _, done := range wait {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return errs.E(errs.Timeout, "remove", "", "its creation is not over")
+		case <-l.ctx.Done():
+			return context.Cause(l.ctx)
+		}
+	}
+	return nil
 }
 
 // release takes idle leases back.

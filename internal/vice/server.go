@@ -205,7 +205,15 @@ type leadership struct {
 	sessions map[ids.Session]*session
 	locks    map[ids.Inode]chan struct{}   // closed when a lock of the inode changed
 	freed    map[ids.Inode]chan struct{}   // closed when a lease on the inode ended
+	creates  map[ids.Inode][]chan struct{} // in the directory, of files that will be open; closed when in born
+	born     map[ids.Inode]birth           // files whose creators open them
 	removals map[ids.Inode][]chan struct{} // of the inode, proposed; closed when applied or refused
+}
+
+// birth says who created a file and may have it open without a lease or a note.
+type birth struct {
+	by  ids.Session
+	seq uint64 // of the request; over when the client has acknowledged its answer
 }
 
 // session is one open session as the leader knows it.
@@ -223,6 +231,7 @@ func newLeadership(ctx context.Context, s *Server, term uint64) *leadership {
 		table: lease.New(), waits: map[uint64]chan lease.Effect{},
 		sessions: map[ids.Session]*session{}, locks: map[ids.Inode]chan struct{}{},
 		freed: map[ids.Inode]chan struct{}{}, removals: map[ids.Inode][]chan struct{}{},
+		creates: map[ids.Inode][]chan struct{}{}, born: map[ids.Inode]birth{},
 	}
 	l.ctx, l.end = context.WithCancelCause(ctx)
 	return l
