@@ -574,13 +574,17 @@ func (s *Server) closed(ctx context.Context, from ids.Node, q *ClosedRequest) (E
 	if err != nil {
 		return Empty{}, err
 	}
+	var closed []ids.Inode
 	l.mu.Lock()
 	for _, ino := range q.Inos {
 		l.table.Closed(q.Session, ino)
+		if l.born[ino].by != q.Session { // else its creator will open it yet, and close it
+			closed = append(closed, ino)
+		}
 	}
 	l.mu.Unlock()
 	var ops []volume.Op
-	for _, ino := range q.Inos {
+	for _, ino := range closed {
 		a, err := s.cfg.State.GetAttr(ino)
 		if err == nil && a.Nlink == 0 {
 			ops = append(ops, volume.Op{Kind: volume.OpDrop, Ino: ino})
