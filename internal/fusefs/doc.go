@@ -39,12 +39,14 @@
 //
 // # Failure
 //
-// If the process dies, the kernel ends the connection: programs get ENOTCONN.
-// It cannot if a thread of the process waits for the mount itself; then the
-// guard does it, if there is one (Config.Guard). Abort does it on purpose. If someone else unmounts, Run returns an
-// error. Handles still open when the connection ends get no Release, and
-// lookups no Forget.
+// If the process dies, the kernel ends the connection: calls of programs that
+// wait for an answer end with ECONNABORTED, later ones with ENOTCONN. It cannot
+// if a thread of the process waits for the mount itself; then the guard does it,
+// if there is one (Config.Guard). Abort does it on purpose. If someone else
+// unmounts, Run returns an error. Handles still open when the connection ends
+// get no Release, and lookups no Forget.
 //
-// The process must have a umask of 0, which the node sets for the whole
-// process when it starts: it concerns nothing here but what the Tree creates on local disks.
+// The process must have a umask of 0, which the node sets for the whole process
+// when it starts: it concerns nothing here but what the Tree creates on local
+// disks.
 package fusefs

@@ -428,10 +428,27 @@ func (m *Mount) interrupt(unique uint64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.requests[unique] == r && r.timer == nil {
-		r.timer = time.AfterFunc(m.cfg.Patience, r.cancel)
+		// The kernel tells of the first signal only: whether one that kills has
+		// followed must be looked for.
+		start, look := clock.Now(), min(killLook, m.cfg.Patience)
+		r.timer = time.AfterFunc(look, func() {
+			if clock.Now().Sub(start) >= m.cfg.Patience || dying(r.pid) {
+				r.cancel()
+				return
+			}
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			if m.requests[unique] == r {
+				r.timer.Reset(look)
+			}
+		})
 	}
 	return true
 }
+
+// killLook is how soon a call ends when its program is killed after another
+// signal.
+const killLook = 200 * time.Millisecond
 
 // dying reports whether a thread is being killed, or is not to be seen. A
 // signal that ends a process is turned into SIGKILL for each of its threads.

@@ -41,8 +41,8 @@ type Config struct {
 	// few enough that their 1 MiB buffers fit.
 	MaxRequests int
 	// Patience is how long a call may go on after its program got a signal that
-	// it survives. Zero: 200 ms, longer than a call takes in a healthy cluster
-	// and short enough for a person who pressed ^C.
+	// it survives. Zero: 15 s, longer than a call takes while a leader dies: few
+	// programs are prepared for stat or open to fail because a child ended.
 	Patience time.Duration
 	// Grace is how long Run tries to unmount cleanly while programs still use
 	// the mount; then it cuts them off. Zero: 2 s.
@@ -93,7 +93,7 @@ func New(cfg Config) *Mount {
 		cfg.MaxRequests = 512
 	}
 	if cfg.Patience == 0 {
-		cfg.Patience = 200 * time.Millisecond
+		cfg.Patience = 15 * time.Second
 	}
 	if cfg.Grace == 0 {
 		cfg.Grace = 2 * time.Second
