@@ -419,6 +419,13 @@ func (s *Server) resolve(l *leadership, q *ApplyRequest) ([]ids.Inode, error) {
 		}
 		return d.Ino, err
 	}
+	present := func(parent ids.Inode, name string) (ids.Inode, error) {
+		ino, err := child(parent, name)
+		if ino == 0 {
+			ino = volume.NoInode // whatever is put there meanwhile is not meant
+		}
+		return ino, err
+	}
 	for i := range q.Ops {
 		op := &q.Ops[i]
 		var err error
@@ -426,12 +433,12 @@ func (s *Server) resolve(l *leadership, q *ApplyRequest) ([]ids.Inode, error) {
 		case volume.OpCreate:
 			inos = append(inos, op.Parent)
 		case volume.OpUnlink, volume.OpRmdir:
-			if op.Ino, err = child(op.Parent, op.Name); err != nil {
+			if op.Ino, err = present(op.Parent, op.Name); err != nil {
 				return nil, err
 			}
 			inos = append(inos, op.Parent, op.Ino)
 		case volume.OpRename:
-			if op.Ino, err = child(op.Parent, op.Name); err != nil {
+			if op.Ino, err = present(op.Parent, op.Name); err != nil {
 				return nil, err
 			}
 			if op.ToIno, err = child(op.ToParent, op.ToName); err != nil {
@@ -454,7 +461,7 @@ func (s *Server) resolve(l *leadership, q *ApplyRequest) ([]ids.Inode, error) {
 			return nil, errs.E(errs.Invalid, "apply", "", "operation kind %d", op.Kind)
 		}
 	}
-	inos = slices.DeleteFunc(inos, func(ino ids.Inode) bool { return ino == 0 })
+	inos = slices.DeleteFunc(inos, func(ino ids.Inode) bool { return ino == 0 || ino == volume.NoInode })
 	slices.Sort(inos)
 	return slices.Compact(inos), nil
 }
@@ -477,7 +484,7 @@ func (s *Server) keep(l *leadership, q *ApplyRequest) (removed func()) {
 		default:
 			continue
 		}
-		if ino == 0 {
+		if ino == 0 || ino == volume.NoInode {
 			continue
 		}
 		op.Keep = l.table.Openers(ino)

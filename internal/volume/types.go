@@ -18,6 +18,10 @@ const (
 	MaxListing = 1024      // entries in one page of a listing
 )
 
+// NoInode is no inode's number. An operation that presumes it for a name finds
+// nothing there, or is refused with class NameTooOld.
+const NoInode ids.Inode = 1<<64 - 1
+
 // Attr is what stat shows, and the version by which caches and preconditions
 // compare. Times are nanoseconds since 1970; they are data, never compared with
 // a clock. Mode holds the S_IFMT bits too.
