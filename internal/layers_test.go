@@ -7,7 +7,7 @@ import (
 )
 
 // layers are the packages from the bottom up, as in docs/architecture.md; those
-// of one line do not import each other unless one is in allowed.
+// of one line may import each other.
 var layers = [][]string{
 	{"ids", "errs", "wire", "clock"},
 	{"lease", "sched"},

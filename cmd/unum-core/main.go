@@ -55,10 +55,15 @@ func (s signalled) Error() string { return syscall.Signal(s).String() }
 
 // untilSignal returns a context that the first signal ends; later ones change
 // nothing, so that an impatient second Ctrl-C does not leave a mount behind.
+// What the caller ignores (nohup, a shell's &) stays ignored.
 func untilSignal() context.Context {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	sigs := make(chan os.Signal, 1)
-	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	for _, s := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		if !signal.Ignored(s) {
+			signal.Notify(sigs, s)
+		}
+	}
 	go func() { cancel(signalled((<-sigs).(syscall.Signal))) }()
 	return ctx
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -120,7 +121,9 @@ func upCommand() *cobra.Command {
 			if err := fill(&c); err != nil {
 				return err
 			}
-			if !node.Exists(c.Dir) {
+			if was, err := node.Exists(c.Dir); err != nil {
+				return err
+			} else if !was {
 				if err := node.Found(c); err != nil {
 					return err
 				}
@@ -131,6 +134,10 @@ func upCommand() *cobra.Command {
 	nodeFlags(cmd, &c)
 	return cmd
 }
+
+// maxTokenInput bounds what is read as a token, in bytes: 90, and room for
+// spaces and line breaks in it.
+const maxTokenInput = 4096
 
 func joinCommand() *cobra.Command {
 	var c node.Config
@@ -146,9 +153,11 @@ func joinCommand() *cobra.Command {
 			}
 			token := args[1]
 			if token == "-" {
-				if _, err := fmt.Fscan(os.Stdin, &token); err != nil {
+				b, err := io.ReadAll(io.LimitReader(os.Stdin, maxTokenInput))
+				if err != nil {
 					return errs.Wrap(err, "read the token", "standard input")
 				}
+				token = string(b)
 			}
 			// Joining is repeated while the other does not answer yet.
 			ctx, cancel := context.WithTimeout(cmd.Context(), 30*time.Second)
@@ -271,7 +280,7 @@ func statusCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "status",
 		Short:   "Show the cluster as this node sees it",
-		Long:    "Show the cluster as this node sees it. Exit code 0 when this node is healthy, 1 when it is not.",
+		Long:    "Show the cluster as this node sees it. Exit code 0 when this node is healthy, 1 when it is not\n(125 with --healthy), 125 when it cannot be asked.",
 		Example: "  unum status\n  unum status --json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -72,7 +72,7 @@ func (c *Client) Send(b []byte) error { return c.gone(writeFrame(c.c, frameMessa
 // Recv returns the next message of the answer, with the descriptors that came
 // with it (the caller's); io.EOF after success, the request's error otherwise.
 func (c *Client) Recv() ([]byte, []*os.File, error) {
-	typ, b, files, err := readFrame(c.c)
+	typ, b, files, err := readFrame(c.c, MaxFrame)
 	if err != nil {
 		return nil, nil, c.gone(err)
 	}

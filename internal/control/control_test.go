@@ -291,6 +291,38 @@ func TestGarbage(t *testing.T) {
 	}
 }
 
+// TestHoard: a client cannot make the daemon keep more for it than one request and
+// some small messages.
+func TestHoard(t *testing.T) {
+	path := serve(t, func(s *Server) {
+		s.Handle("hang", func(ctx context.Context, c *Conn, req []byte) error {
+			<-ctx.Done()
+			return nil
+		})
+	})
+	for what, send := range map[string]func(c *Client) error{
+		"a big message":     func(c *Client) error { return c.Send(make([]byte, maxMessage)) },
+		"files on messages": func(c *Client) error { return writeFrame(c.c, frameMessage, nil, []*os.File{os.Stdin}) },
+		"a second request":  func(c *Client) error { return c.Start("hang", make([]byte, 1<<20)) },
+	} {
+		c := dial(t, path)
+		if err := c.Start("hang", nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Send(make([]byte, maxMessage-1)); err != nil {
+			t.Fatal(err)
+		}
+		send(c) // the daemon may have closed by then
+		_, _, err := c.Recv()
+		if err == io.EOF { // the request's end came before the connection's
+			_, _, err = c.Recv()
+		}
+		if !errs.Has(err, errs.Unavailable) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 func TestImage(t *testing.T) {
 	t.Setenv(ImageEnv, "build-1")
 	path := serve(t, func(s *Server) { s.HandleImage() })
@@ -331,7 +363,7 @@ func FuzzFrame(f *testing.F) {
 		}
 		defer nc.Close()
 		for {
-			_, p, files, err := readFrame(nc.(*net.UnixConn))
+			_, p, files, err := readFrame(nc.(*net.UnixConn), MaxFrame)
 			if err != nil {
 				return
 			}

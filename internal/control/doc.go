@@ -16,8 +16,10 @@
 //
 // and descriptors ride on the first byte of the frame they belong to.
 //
-// Invariants: a frame above MaxFrame, an unknown type, or more than MaxFiles
-// descriptors closes the connection before memory is taken for it; descriptors
+// Invariants: a frame above MaxFrame (a client's message: above 64 KiB), an unknown
+// type, or more than MaxFiles descriptors closes the connection before memory is
+// taken for it; so do descriptors with a client's message, and a second request
+// while one is served; descriptors
 // nobody took are closed when the request ends; connections are bounded in all
 // and per user.
 //

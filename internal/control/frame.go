@@ -20,6 +20,10 @@ const (
 	MaxFiles = 8
 )
 
+// maxMessage bounds a message of a client within a request: a signal or the size
+// of a window. Many may wait for their handler, of many connections.
+const maxMessage = 64 << 10
+
 // DefaultPath is where the daemon listens unless told otherwise.
 const DefaultPath = "/run/unum/unum.sock"
 
@@ -105,9 +109,9 @@ func writeFrame(c *net.UnixConn, typ byte, payload []byte, files []*os.File) err
 	return err
 }
 
-// readFrame reads one frame. io.EOF means the peer ended between frames. The
+// readFrame reads one frame, of a message at most so many bytes. io.EOF means the peer ended between frames. The
 // files are the caller's, also those that come with an error: none do.
-func readFrame(c *net.UnixConn) (typ byte, payload []byte, files []*os.File, err error) {
+func readFrame(c *net.UnixConn, message uint32) (typ byte, payload []byte, files []*os.File, err error) {
 	defer func() {
 		if err != nil {
 			closeAll(files)
@@ -137,7 +141,11 @@ func readFrame(c *net.UnixConn) (typ byte, payload []byte, files []*os.File, err
 		return 0, nil, files, errs.E(errs.Corrupt, "read", "", "frame of %d bytes, limit %d", n, MaxFrame)
 	}
 	switch h[4] {
-	case frameRequest, frameMessage, frameDone, frameError:
+	case frameMessage:
+		if n > message {
+			return 0, nil, files, errs.E(errs.Corrupt, "read", "", "message of %d bytes, limit %d", n, message)
+		}
+	case frameRequest, frameDone, frameError:
 	default:
 		return 0, nil, files, errs.E(errs.Corrupt, "read", "", "frame type %#x", h[4])
 	}

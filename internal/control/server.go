@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -26,7 +27,7 @@ const (
 	// than root, so that nobody can lock the others out. Each running command is
 	// one connection.
 	maxConns     = 4096
-	maxUserConns = 2048
+	maxUserConns = 512
 	// queueLen bounds messages a handler has not yet taken; then the client waits.
 	queueLen = 16
 )
@@ -139,6 +140,7 @@ type Conn struct {
 	c     *net.UnixConn
 	in    chan frame
 	files []*os.File
+	busy  atomic.Bool // a request has come and is not answered
 
 	mu sync.Mutex // one frame at a time
 }
@@ -164,7 +166,6 @@ func (c *Conn) Recv(ctx context.Context) ([]byte, error) {
 		if !ok || f.typ != frameMessage {
 			return nil, io.EOF
 		}
-		closeAll(f.files)
 		return f.payload, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
@@ -212,8 +213,16 @@ func (s *Server) serve(ctx context.Context, nc *net.UnixConn) {
 		defer close(c.in)
 		defer cancel()
 		for first := true; ; first = false {
-			typ, b, files, err := readFrame(nc)
+			typ, b, files, err := readFrame(nc, maxMessage)
+			switch {
+			case err != nil:
+			case typ == frameMessage && len(files) > 0:
+				err = errs.E(errs.Corrupt, "read", "", "descriptors with a message")
+			case typ == frameRequest && c.busy.Swap(true):
+				err = errs.E(errs.Corrupt, "read", "", "a request before the last one is answered")
+			}
 			if err != nil {
+				closeAll(files)
 				if errs.Has(err, errs.Corrupt) {
 					s.cfg.Log.Warn("malformed request", "uid", peer.UID, "err", err)
 				}
@@ -232,8 +241,7 @@ func (s *Server) serve(ctx context.Context, nc *net.UnixConn) {
 	}()
 	for f := range c.in {
 		if f.typ == frameMessage {
-			closeAll(f.files) // late, for the request before
-			continue
+			continue // late, for the request before
 		}
 		if f.typ != frameRequest {
 			closeAll(f.files)
@@ -268,6 +276,7 @@ func (s *Server) dispatch(ctx context.Context, c *Conn, r request) error {
 func (c *Conn) finish(err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.busy.Store(false) // the client may ask again as soon as it has read this
 	if err != nil {
 		return writeFrame(c.c, frameError, encodeFailure(err), nil)
 	}

@@ -1,6 +1,6 @@
 // Package errs is the one error type of Unum: what failed, on what, why, and
-// what to do next. A class decides what a program sees (errno, exit code); the
-// text is for people. Classes cross the wire, texts do too, Go types do not.
+// what to do next. A class decides which errno a program sees; the text is for
+// people. Classes cross the wire, texts do too, Go types do not.
 package errs
 
 import (

@@ -4,7 +4,7 @@
 // Words. The authority (CA) is a self-signed key pair made once with the
 // cluster; its public half is the Trust that every node holds, its private half
 // stays with the record's replicas. A node certificate binds a key to the URI
-// unum://<cluster>/node/<number>. A request (CSR) asks for one; it is made, like
+// unum://<cluster>/node/<number>; it is renewed long before it ends. A request (CSR) asks for one; it is made, like
 // the key in it, on the node that joins. A Holder is the certificate a running
 // node shows, exchangeable at any time. A token is a line of text that lets one
 // machine join: it holds a secret and the fingerprint of the authority, so that

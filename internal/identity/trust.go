@@ -77,7 +77,7 @@ func (t *Trust) Verify(chain []*x509.Certificate, use x509.ExtKeyUsage, now time
 	if _, err := leaf.Verify(x509.VerifyOptions{Roots: t.pool, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{use}}); err != nil {
 		e := errs.E(errs.Unauthorized, "verify certificate", leaf.Subject.CommonName, "%w", err)
 		if now.After(leaf.NotAfter) || now.Before(leaf.NotBefore) {
-			e = e.WithRemedy("compare the clocks of both machines; if they agree, renew the certificate by joining again")
+			e = e.WithRemedy("compare the clocks of both machines; a running node renews its certificate by itself, and says in its log if it cannot")
 		}
 		return Peer{}, e
 	}

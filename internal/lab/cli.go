@@ -49,7 +49,7 @@ func verb(f func(ctx context.Context, cmd *cobra.Command, args []string) error) 
 		ctx, cancel := context.WithCancelCause(context.WithoutCancel(cmd.Context()))
 		defer cancel(nil)
 		sigs := make(chan os.Signal, 1)
-		signal.Notify(sigs, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+		hear(sigs, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 		defer signal.Stop(sigs)
 		if cmd.Context().Err() != nil { // before ours were heard
 			return context.Cause(cmd.Context())
@@ -76,6 +76,16 @@ func verb(f func(ctx context.Context, cmd *cobra.Command, args []string) error) 
 			return &ExitError{Code: 128 + int(s), Err: err}
 		default:
 			return &ExitError{Code: labFailure, Err: err}
+		}
+	}
+}
+
+// hear has signals sent to c, but those that the caller ignores (nohup, a
+// shell's &): they stay ignored.
+func hear(c chan<- os.Signal, sigs ...os.Signal) {
+	for _, s := range sigs {
+		if !signal.Ignored(s) {
+			signal.Notify(c, s)
 		}
 	}
 }
@@ -202,6 +212,7 @@ cable does. With one set, between it and all other nodes. Several cuts add up.`,
 		},
 		&cobra.Command{
 			Use: "heal", Short: "End all cuts and delays", Args: exactly(0, "no argument"),
+			Example: "  unum lab heal",
 			RunE: verb(func(ctx context.Context, _ *cobra.Command, _ []string) error {
 				l, err := open()
 				if err != nil {
@@ -322,7 +333,7 @@ found, 125 when the lab failed.`,
 func execHere(l *Lab, node string, argv []string) (int, error) {
 	// Caught from before the command exists, so that none is lost.
 	sigs := make(chan os.Signal, 16)
-	signal.Notify(sigs, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGCONT, unix.SIGALRM)
+	hear(sigs, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGCONT, unix.SIGALRM)
 	defer signal.Stop(sigs)
 	dir, err := os.Getwd()
 	if err != nil {
@@ -354,6 +365,7 @@ func statusCommand(open func() (*Lab, error)) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
 		Use: "status", Short: "How the lab and its nodes are", Args: exactly(0, "no argument"),
+		Example: "  unum lab status\n  unum lab status --json",
 		RunE: verb(func(ctx context.Context, cmd *cobra.Command, _ []string) error {
 			l, err := open()
 			if err != nil {
@@ -379,7 +391,8 @@ func downCommand(name *string) *cobra.Command {
 	var all bool
 	c := &cobra.Command{
 		Use: "down", Short: "Remove a lab and everything it made, also a half made one",
-		Args: exactly(0, "no argument"),
+		Example: "  unum lab down\n  unum lab down --all",
+		Args:    exactly(0, "no argument"),
 		RunE: verb(func(ctx context.Context, cmd *cobra.Command, _ []string) error {
 			out := cmd.ErrOrStderr()
 			if !all {

@@ -32,9 +32,14 @@ type ExecOptions struct {
 	TTY    bool // give it a terminal of its own, relayed to Stdin and Stdout, which must be a terminal
 }
 
-// drainTime is for output still in a pipe or terminal after the command ended,
-// when something it left behind keeps the other end open.
-const drainTime = 300 * time.Millisecond
+// After the command ended something it left behind may keep its output open. What
+// comes within drainTime is still taken, and then what the pipe or terminal holds,
+// however slowly it can be passed on: no more than heldMost bytes, for that
+// something may be writing without end.
+const (
+	drainTime = 300 * time.Millisecond
+	heldMost  = 64 << 10 // a pipe's and a terminal's buffer
+)
 
 // Process is a command that runs in a node.
 type Process struct {
@@ -43,13 +48,59 @@ type Process struct {
 	conn    *net.UnixConn
 	dec     *json.Decoder
 	close   []io.Closer
-	copies  []chan struct{} // closed when all output is copied
+	copies  []output
 	restore func()
 
 	sigMu sync.Mutex // one signal message at a time
 	once  sync.Once
 	exit  int
 	err   error
+}
+
+// output is what a command writes, on its way to where it goes.
+type output struct {
+	from *os.File
+	done chan struct{} // closed when all is copied
+}
+
+// relay copies from r to w until its end, or until r's read deadline and then
+// what r holds. Without a reader the writer is not held up.
+func (p *Process) relay(w io.Writer, r *os.File) {
+	o := output{r, make(chan struct{})}
+	p.copies = append(p.copies, o)
+	go func() {
+		defer close(o.done)
+		_, err := io.Copy(w, r) // EIO when the last user of a terminal is gone
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			_, _ = w.Write(held(r)) // a failing writer is its owner's to notice
+		}
+		_, _ = io.Copy(io.Discard, r)
+	}()
+}
+
+// held returns what r holds, without waiting for more.
+func held(r *os.File) []byte {
+	rc, err := r.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	var out []byte
+	for len(out) < heldMost {
+		b := make([]byte, heldMost-len(out))
+		var n int
+		var rerr error
+		if err := rc.Control(func(fd uintptr) { n, rerr = unix.Read(int(fd), b) }); err != nil {
+			break
+		}
+		if rerr == unix.EINTR {
+			continue
+		}
+		if rerr != nil || n <= 0 {
+			break
+		}
+		out = append(out, b[:n]...)
+	}
+	return out
 }
 
 // Exec runs a command in node and returns its exit code: its own, 128+n for
@@ -137,11 +188,11 @@ func (p *Process) Wait() (int, error) {
 	p.once.Do(func() {
 		var a answer
 		err := p.dec.Decode(&a)
-		for _, done := range p.copies {
-			select {
-			case <-done:
-			case <-time.After(drainTime):
-			}
+		for _, o := range p.copies {
+			o.from.SetReadDeadline(time.Now().Add(drainTime))
+		}
+		for _, o := range p.copies {
+			<-o.done
 		}
 		p.abandon()
 		if err != nil || a.Exit == nil {
@@ -198,13 +249,7 @@ func (p *Process) pipes(o ExecOptions, std *[3]*os.File, own func(*os.File) *os.
 		}
 		own(pw)
 		p.close = append(p.close, pr)
-		done := make(chan struct{})
-		p.copies = append(p.copies, done)
-		go func() {
-			defer close(done)
-			_, _ = io.Copy(w, pr) // a failing writer is its owner's to notice
-			_, _ = io.Copy(io.Discard, pr)
-		}()
+		p.relay(w, pr)
 		return pw, nil
 	}
 	if std[1], err = out(o.Stdout); err != nil {
@@ -230,9 +275,19 @@ func (p *Process) terminal(o ExecOptions, std *[3]*os.File, own func(*os.File) *
 		return err
 	}
 	own(slave)
+	// For the poller, which the library has left: reading has a deadline.
+	fd, err := unix.FcntlInt(master.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err == nil {
+		err = unix.SetNonblock(fd, true)
+	}
+	master.Close()
+	if err != nil {
+		return err
+	}
+	master = os.NewFile(uintptr(fd), "/dev/ptmx")
 	p.close = append(p.close, master)
 	std[0], std[1], std[2] = slave, slave, slave
-	_ = pty.InheritSize(in, master) // a terminal without a size is one still
+	inheritSize(in, master)
 	raw, err := term.MakeRaw(int(in.Fd()))
 	if err != nil {
 		return err
@@ -244,7 +299,7 @@ func (p *Process) terminal(o ExecOptions, std *[3]*os.File, own func(*os.File) *
 		for {
 			select {
 			case <-winch:
-				_ = pty.InheritSize(in, master)
+				inheritSize(in, master)
 			case <-quit:
 				return
 			}
@@ -259,13 +314,20 @@ func (p *Process) terminal(o ExecOptions, std *[3]*os.File, own func(*os.File) *
 		})
 	}
 	go func() { _, _ = io.Copy(master, in) }() // ends with the process that owns the terminal
-	done := make(chan struct{})
-	p.copies = append(p.copies, done)
-	go func() {
-		defer close(done)
-		_, _ = io.Copy(outF, master) // EIO when the last user of the terminal is gone
-	}()
+	p.relay(outF, master)
 	return nil
+}
+
+// inheritSize gives master the size of our terminal, if that has one: a terminal
+// without is one still.
+func inheritSize(in, master *os.File) {
+	ws, err := unix.IoctlGetWinsize(int(in.Fd()), unix.TIOCGWINSZ)
+	if err != nil {
+		return
+	}
+	if rc, err := master.SyscallConn(); err == nil { // Fd would make reads block
+		_ = rc.Control(func(fd uintptr) { _ = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, ws) })
+	}
 }
 
 // dial connects to node's init.

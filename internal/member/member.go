@@ -37,8 +37,6 @@ const (
 	seekInterval = time.Second
 	// streamTimeout bounds an exchange of state.
 	streamTimeout = 5 * time.Second
-	// farewells is how many nodes a leaving one tells in person.
-	farewells = 3
 )
 
 // Config is what Members needs; all but Meta must be set.
@@ -57,9 +55,6 @@ type Members struct {
 	started chan struct{}                    // closed when list is set
 	wake    chan struct{}                    // holds one: changed or news is not empty
 	list    *memberlist.Memberlist           // set once, before started is closed
-
-	leaving sync.Mutex // over ended and memberlist's Leave, which must not follow Shutdown
-	ended   bool
 
 	mu      sync.Mutex
 	alive   map[ids.Node][]byte // the nodes alive, this one included, and their Meta
@@ -90,7 +85,8 @@ func New(cfg Config) (*Members, error) {
 	return m, nil
 }
 
-// Run takes part in the gossip until ctx ends. It says no farewell: see Leave.
+// Run takes part in the gossip until ctx ends. It says no farewell:
+// others find out by themselves.
 func (m *Members) Run(ctx context.Context) error {
 	c := memberlist.DefaultLANConfig()
 	c.Name = m.cfg.Self.String()
@@ -117,10 +113,7 @@ func (m *Members) Run(ctx context.Context) error {
 	wg.Go(func() { m.tell(ctx) })
 	wg.Go(func() { m.seek(ctx) })
 	<-ctx.Done()
-	m.leaving.Lock()
-	m.ended = true
 	err = list.Shutdown()
-	m.leaving.Unlock()
 	wg.Wait()
 	return errs.Wrap(err, "stop membership", m.cfg.Self.String())
 }
@@ -149,34 +142,22 @@ func (m *Members) Join(ctx context.Context, nodes []ids.Node) error {
 	if len(others) == 0 {
 		return nil
 	}
-	return m.meetAny(ctx, "join gossip", others, 1)
-}
-
-// meetAny exchanges state with all nodes at once and returns when so many have
-// answered, or all have answered or failed. None is class Unavailable.
-func (m *Members) meetAny(ctx context.Context, op string, nodes []ids.Node, enough int) error {
-	results := make(chan error, len(nodes))
-	for _, n := range nodes {
+	results := make(chan error, len(others))
+	for _, n := range others {
 		go func() { results <- m.meet(n) }() // ends within streamTimeout or so
 	}
-	met := 0
 	var last error
-	for range nodes {
+	for range others {
 		select {
-		case err := <-results:
-			if err != nil {
-				last = err
-			} else if met++; met == enough {
+		case last = <-results:
+			if last == nil {
 				return nil
 			}
 		case <-ctx.Done():
-			return errs.E(errs.Interrupted, op, m.cfg.Self.String(), "%w", context.Cause(ctx))
+			return errs.E(errs.Interrupted, "join gossip", m.cfg.Self.String(), "%w", context.Cause(ctx))
 		}
 	}
-	if met > 0 {
-		return nil
-	}
-	return errs.E(errs.Unavailable, op, m.cfg.Self.String(), "none of %v answers: %w", nodes, last)
+	return errs.E(errs.Unavailable, "join gossip", m.cfg.Self.String(), "none of %v answers: %w", others, last)
 }
 
 // meet exchanges state with one node.
@@ -211,51 +192,6 @@ func (m *Members) seek(ctx context.Context) {
 			m.cfg.Log.Debug("seed does not answer", "node", n, "err", err)
 		}
 	}
-}
-
-// Leave says farewell: some others know when it returns that this node is gone,
-// all soon. Run goes on until its context ends.
-func (m *Members) Leave(ctx context.Context) error {
-	patience := streamTimeout
-	if d, ok := ctx.Deadline(); ok {
-		patience = max(time.Until(d), time.Millisecond)
-	}
-	gone, err := m.resign(patience)
-	if gone || err != nil {
-		return err
-	}
-	// memberlist has handed the farewell to casts, which may be on their way to
-	// connections still being made, and whoever leaves closes them next. Exchange
-	// state with some, who then know for certain and gossip it on.
-	var heirs []ids.Node
-	for _, n := range m.Alive() {
-		if n != m.cfg.Self && len(heirs) < farewells {
-			heirs = append(heirs, n)
-		}
-	}
-	if len(heirs) == 0 {
-		return nil
-	}
-	return m.meetAny(ctx, "leave gossip", heirs, len(heirs))
-}
-
-// resign makes memberlist gossip that this node leaves. It reports true if there
-// is nobody to tell.
-func (m *Members) resign(patience time.Duration) (gone bool, err error) {
-	m.leaving.Lock()
-	defer m.leaving.Unlock()
-	select {
-	case <-m.started:
-	default:
-		return true, nil
-	}
-	if m.ended {
-		return true, nil
-	}
-	if err := m.list.Leave(patience); err != nil {
-		return false, errs.E(errs.Timeout, "leave gossip", m.cfg.Self.String(), "%w", err)
-	}
-	return false, nil
 }
 
 // Alive returns the nodes believed alive in order, this one included.

@@ -197,13 +197,9 @@ func TestLife(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// A farewell is known at once.
-	if err := late.Leave(context.Background()); err != nil {
-		t.Fatal(err)
-	}
 	late.stop()
-	took = soon(t, time.Second, "farewell", func() bool { return !a.IsAlive(4) && !b.IsAlive(4) && !d.IsAlive(4) })
-	t.Logf("farewell took %v", took)
+	took = soon(t, 4*time.Second, "end of n4", func() bool { return !a.IsAlive(4) && !b.IsAlive(4) && !d.IsAlive(4) })
+	t.Logf("death without a farewell took %v", took)
 
 	// A killed node is dead soon, and alive again soon after its return.
 	d.stop()
@@ -265,6 +261,22 @@ func TestWordsOfAnEarlierLife(t *testing.T) {
 	}
 	if w := m.words[topic{1, 1}]; w.Seq <= old+1 {
 		t.Fatalf("%+v", w)
+	}
+}
+
+// A peer cannot fill this node with the words of nodes that do not exist; those of
+// the living are taken all the same.
+func TestWordsOfNobody(t *testing.T) {
+	m, err := New(Config{Self: 1, RPC: &fakeRPC{}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.alive[5000] = nil
+	for n := range ids.Node(5000) {
+		delegate{m}.NotifyMsg(wire.MustMarshal(word{Node: n + 2, Kind: 1, Seq: 1, Payload: make([]byte, 100)}))
+	}
+	if len(m.words) > maxStrange+1 || m.words[topic{5000, 1}] == nil || m.words[topic{2, 1}] == nil {
+		t.Fatalf("%d words kept", len(m.words))
 	}
 }
 

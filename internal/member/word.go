@@ -19,6 +19,9 @@ const (
 	packetSize = 48 << 10
 	// maxWords bounds the words taken from one peer's state.
 	maxWords = 1 << 16
+	// maxStrange bounds the topics on which words of nodes not known to be alive are
+	// kept: there are few such nodes for the moment it takes to hear of them.
+	maxStrange = 256
 	// forgetAfter is how long the words of a node that is not alive are kept.
 	forgetAfter = time.Minute
 )
@@ -115,11 +118,26 @@ func (m *Members) hear(w *word) {
 		m.mu.Unlock()
 		return
 	}
+	if _, alive := m.alive[w.Node]; !alive && old == nil && m.strangeLocked() >= maxStrange {
+		m.mu.Unlock()
+		return
+	}
 	m.words[w.topic()] = w
 	m.news[w.topic()] = struct{}{}
 	m.mu.Unlock()
 	m.stir()
 	m.spread(w)
+}
+
+// strangeLocked counts the topics of nodes not known to be alive.
+func (m *Members) strangeLocked() int {
+	n := 0
+	for t := range m.words {
+		if _, alive := m.alive[t.node]; !alive {
+			n++
+		}
+	}
+	return n
 }
 
 // delegate is what memberlist asks and tells about user data.

@@ -39,22 +39,19 @@ const (
 	ballastTick = 5 * time.Second
 )
 
-// openBallast makes the ballast in dir, as large as there is room for.
-func openBallast(dir, path string, log *slog.Logger) (*ballast, error) {
-	fs, err := statfs(dir)
-	if err != nil {
-		return nil, err
+// openBallast makes the ballast in dir, as large as there is room for. Without
+// one a node can do all its work: a failure is said, and it is tried again.
+func openBallast(dir, path string, log *slog.Logger) *ballast {
+	b := &ballast{path: path, log: log, size: ballastSize}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err == nil { // else fill has its say
+		b.size = min(b.size, int64(fs.Blocks)*int64(fs.Bsize)/ballastPieces)
 	}
-	b := &ballast{path: path, log: log, size: min(ballastSize, int64(fs.Blocks)*int64(fs.Bsize)/ballastPieces)}
 	if st, err := os.Stat(path); err == nil {
 		b.have = min(st.Size(), b.size)
 	}
-	return b, b.fill()
-}
-
-func statfs(dir string) (fs unix.Statfs_t, err error) {
-	err = unix.Statfs(dir, &fs)
-	return fs, errs.Wrap(err, "look at the disk of", dir)
+	b.refill()
+	return b
 }
 
 // give gives up a piece.
@@ -91,7 +88,11 @@ func (b *ballast) fill() error {
 	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil || int64(fs.Bavail)*int64(fs.Bsize) < 4*b.size {
 		return errs.Wrap(err, "look at the disk of", b.path)
 	}
-	switch err := unix.Fallocate(int(f.Fd()), 0, 0, b.size); {
+	err = unix.EINTR
+	for err == unix.EINTR {
+		err = unix.Fallocate(int(f.Fd()), 0, 0, b.size)
+	}
+	switch {
 	case err == nil:
 		b.have = b.size
 	case errors.Is(err, unix.ENOTSUP), errors.Is(err, unix.ENOSPC): // no file system for it, or others were quicker
@@ -110,8 +111,13 @@ func (b *ballast) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if err := b.fill(); err != nil {
-			b.log.Warn("no reserve for logs", "err", err)
-		}
+		b.refill()
+	}
+}
+
+// refill fills it again if it can, and says so if that fails.
+func (b *ballast) refill() {
+	if err := b.fill(); err != nil {
+		b.log.Warn("no reserve for logs", "err", err)
 	}
 }

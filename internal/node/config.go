@@ -3,6 +3,7 @@ package node
 import (
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -58,10 +59,16 @@ const (
 	fileVolume = "identity/volume.key"
 )
 
-// Exists reports whether dir holds a node.
-func Exists(dir string) bool {
-	_, err := os.Stat(filepath.Join(dir, fileNode))
-	return err == nil
+// Exists reports whether dir holds a node. What cannot be looked at is an error:
+// that there is none must be certain before one is made in its place.
+func Exists(dir string) (bool, error) { return there(filepath.Join(dir, fileNode)) }
+
+func there(path string) (bool, error) {
+	_, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, errs.Wrap(err, "look for a node", path)
 }
 
 func (c *Config) loadDisk() (disk, error) {
@@ -95,20 +102,46 @@ func (c *Config) saveDisk(d disk) error {
 }
 
 // prepare makes the data directory and removes what an unfinished attempt to
-// make a node left in it.
+// make a node left in it. Only a node that was finished and started has blocks:
+// where they are, all stays as it is.
 func (c *Config) prepare() error {
+	if was, err := there(c.path("blocks")); err != nil {
+		return err
+	} else if was {
+		return errs.E(errs.Corrupt, "make a node", c.Dir, "there are blocks of a node, but no %s", fileNode).
+			WithRemedy("bring %s back; if nothing that this node kept is needed, remove the directory", c.path(fileNode))
+	}
+	var above []string // directories that get an entry
+	for d := filepath.Clean(c.Dir); ; d = above[len(above)-1] {
+		was, err := there(d)
+		if err != nil {
+			return err
+		}
+		if was && len(above) > 0 {
+			break
+		}
+		above = append(above, filepath.Dir(d))
+	}
 	if err := os.MkdirAll(c.path("identity"), 0o700); err != nil {
 		return errs.Wrap(err, "make the data directory", c.Dir)
 	}
 	if err := os.Chmod(c.Dir, 0o711); err != nil { // programs reach their job's output below
 		return errs.Wrap(err, "make the data directory", c.Dir)
 	}
-	for _, sub := range []string{"groups", "blocks"} {
-		if err := os.RemoveAll(c.path(sub)); err != nil {
-			return errs.Wrap(err, "clear an unfinished node", c.path(sub))
+	for _, d := range above {
+		if err := syncDir(d); err != nil {
+			return errs.Wrap(err, "make the data directory", d)
 		}
 	}
-	return nil
+	return errs.Wrap(os.RemoveAll(c.path("groups")), "clear an unfinished node", c.path("groups"))
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // withdraw removes what prepare and a refused Join left in the data directory,

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/unum-os/unum/internal/errs"
@@ -21,7 +22,9 @@ import (
 // Found makes this machine the first node of a new cluster. Until it returns nil
 // there is no node in cfg.Dir, and it can be called again.
 func Found(cfg Config) error {
-	if Exists(cfg.Dir) {
+	if was, err := Exists(cfg.Dir); err != nil {
+		return err
+	} else if was {
 		return errs.E(errs.Exists, "found a cluster", cfg.Dir, "there is a node already")
 	}
 	addr, err := address(cfg.Addr, "")
@@ -97,12 +100,15 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 	if err != nil {
 		return err
 	}
-	if Exists(cfg.Dir) {
+	if was, err := Exists(cfg.Dir); err != nil {
+		return err
+	} else if was {
 		ca, err := identity.Load(cfg.path(fileCA))
-		if err == nil {
-			if trust, terr := identity.ParseTrust(ca); terr == nil && trust.Fingerprint() == tok.Authority {
-				return nil
-			}
+		if err != nil {
+			return errs.Wrap(err, "join", cfg.Dir)
+		}
+		if trust, err := identity.ParseTrust(ca); err == nil && trust.Fingerprint() == tok.Authority {
+			return nil
 		}
 		return errs.E(errs.Exists, "join", cfg.Dir, "there is a node of another cluster already").WithRemedy("unum up, or remove the directory first")
 	}
@@ -230,7 +236,13 @@ func (n *Node) serveJoin(ctx context.Context, req []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err := n.record.do(ctx, record.Command{AddMember: &record.AddMember{Token: identity.SecretID(q.Secret), Key: sha256.Sum256(pub),
+	token, key := record.TokenID(identity.SecretID(q.Secret)), record.KeyHash(sha256.Sum256(pub))
+	if ok, err := n.invited(token, key); err != nil {
+		return nil, err
+	} else if !ok {
+		return nil, errs.E(errs.Unauthorized, "", "", "the token is not one of this cluster")
+	}
+	r, err := n.record.do(ctx, record.Command{AddMember: &record.AddMember{Token: token, Key: key,
 		Hostname: q.Hostname, Addr: q.Addr, Now: time.Now().UnixNano()}})
 	if err != nil {
 		return nil, err
@@ -250,4 +262,16 @@ func (n *Node) serveJoin(ctx context.Context, req []byte) ([]byte, error) {
 		}
 	}
 	return wire.Marshal(reply)
+}
+
+// invited reports whether the record has heard of the token, or of a member that
+// came by it. Strangers can ask as often as they like: they must not get as far
+// as a proposal.
+func (n *Node) invited(token record.TokenID, key record.KeyHash) (bool, error) {
+	ts, err := n.record.view().Tokens()
+	if err != nil || slices.ContainsFunc(ts, func(t record.Token) bool { return t.ID == token }) {
+		return err == nil, err
+	}
+	ms, err := n.record.view().Members()
+	return slices.ContainsFunc(ms, func(m record.Member) bool { return m.Key == key && m.Token == token }), err
 }

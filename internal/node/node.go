@@ -137,9 +137,7 @@ func Open(cfg Config) (n *Node, err error) {
 		cancel()
 		return n.ep.Run(ctx)
 	})
-	if n.ballast, err = openBallast(cfg.Dir, cfg.path(fileBallast), part("ballast")); err != nil {
-		return nil, err
-	}
+	n.ballast = openBallast(cfg.Dir, cfg.path(fileBallast), part("ballast"))
 	n.host, err = group.New(group.Config{Self: n.id, Dir: cfg.path("groups"), Transport: transport{n.ep}, Log: part("group"),
 		FS: vfs.OnDiskFull(vfs.Default, n.ballast.give)})
 	if err != nil {
@@ -205,6 +203,7 @@ func Open(cfg Config) (n *Node, err error) {
 	n.home.Register(n.ctl)
 	n.serveControl()
 	n.ep.Handle(methodSelf, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) { return n.self(), nil, nil })
+	n.ep.Handle(methodRenew, n.serveRenew)
 	return n, nil
 }
 
@@ -257,7 +256,7 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stop(nil)
 	parts := []part{
 		{"ballast", n.ballast.run}, {"rpc", n.ep.Run}, {"groups", n.host.Run}, {"members", n.members.Run}, {"blocks", n.blocks.Run},
-		{"vice", n.vice.Run}, {"venus", n.venus.Run}, {"steward", n.steward}, {"jobs", n.jobs.out.Run},
+		{"vice", n.vice.Run}, {"venus", n.venus.Run}, {"seek", n.seek}, {"steward", n.steward}, {"jobs", n.jobs.out.Run},
 		{"load", func(ctx context.Context) error { return n.meter.Run(ctx, n.publish) }},
 		{"control", n.ctl.Run}, {"tree", n.runMount}, {"manager", n.manager.Run},
 	}
@@ -275,18 +274,20 @@ func (n *Node) Run(ctx context.Context) error {
 		started = append(started, r)
 		go func() {
 			defer close(r.done)
-			if err := p.run(pctx); err != nil && pctx.Err() == nil {
-				errMu.Lock()
-				failed = errors.Join(failed, errs.Wrap(err, p.name, ""))
-				errMu.Unlock()
-				stop(err)
-			} else if pctx.Err() == nil {
-				stop(fmt.Errorf("%s ended", p.name))
+			err := p.run(pctx)
+			if pctx.Err() != nil {
+				return
 			}
+			if err == nil {
+				err = errs.E(errs.Unavailable, "", "", "it ended by itself")
+			}
+			errMu.Lock()
+			failed = errors.Join(failed, errs.Wrap(err, p.name, ""))
+			errMu.Unlock()
+			stop(err)
 		}()
 	}
 	n.cfg.Log.Info("node started", "addr", n.disk.Addr, "mount", n.cfg.Mount)
-	go n.seek(ctx)
 	<-ctx.Done()
 	for _, r := range slices.Backward(started) {
 		r.cancel()
@@ -298,8 +299,9 @@ func (n *Node) Run(ctx context.Context) error {
 	return errors.Join(failed, err)
 }
 
-// seek tells membership whom to look for, and finishes what founding left.
-func (n *Node) seek(ctx context.Context) {
+// seek tells membership whom to look for, finishes what founding left, and then
+// waits for the end of ctx.
+func (n *Node) seek(ctx context.Context) error {
 	var peers []ids.Node
 	for name := range n.disk.Peers {
 		if p, err := ids.ParseNode(name); err == nil {
@@ -322,6 +324,8 @@ func (n *Node) seek(ctx context.Context) {
 			pause(ctx, 100*time.Millisecond)
 		}
 	}
+	<-ctx.Done()
+	return nil
 }
 
 func pause(ctx context.Context, d time.Duration) {
@@ -351,14 +355,18 @@ func (n *Node) runMount(ctx context.Context) error {
 	if err := os.MkdirAll(n.cfg.Mount, 0o755); err != nil {
 		return errs.Wrap(err, "mount", n.cfg.Mount)
 	}
-	go func() {
+	rctx, over := context.WithCancel(ctx)
+	var ready sync.WaitGroup
+	ready.Go(func() {
 		select {
 		case <-n.mount.Ready():
 			n.mounted.Store(true)
-		case <-ctx.Done():
+		case <-rctx.Done():
 		}
-	}()
+	})
 	defer n.mounted.Store(false)
+	defer ready.Wait()
+	defer over()
 	return n.mount.Run(ctx)
 }
 
@@ -479,23 +487,12 @@ func (n *Node) publish(l sched.Load) {
 	}
 }
 
-// onMember reacts to a node that comes or goes.
+// onMember reacts to a node that comes or goes; its jobs are the steward's.
 func (n *Node) onMember(p ids.Node, alive bool) {
 	n.cfg.Log.Info("member changed", "member", p.String(), "alive", alive)
-	if alive {
-		return
+	if !alive {
+		n.loads.Remove(p)
 	}
-	n.loads.Remove(p)
-	if !n.rec.IsLeader() {
-		return
-	}
-	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		defer cancel()
-		if err := n.manager.NodeDead(ctx, p); err != nil {
-			n.cfg.Log.Warn("its jobs are not marked lost yet", "member", p.String(), "err", err)
-		}
-	}()
 }
 
 // accept decides by this node's own numbers whether a job may start here.

@@ -4,8 +4,10 @@ import (
 	"context"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
@@ -124,9 +126,10 @@ func (b rawItem) MarshalCBOR() ([]byte, error) { return b, nil }
 // view reads this node's replica as of now.
 func (r *recordClient) view() record.View { return record.NewView(r.h.State(), r.g.Space()) }
 
-// info returns the cluster's identity, from a replica that has it.
+// info returns the cluster's identity. This node's replica is then not behind
+// what was known when it was called.
 func (r *recordClient) info(ctx context.Context) (record.Info, error) {
-	if _, err := r.g.ReadIndex(ctx); err != nil && !errs.Has(err, errs.NotLeader) {
+	if _, err := r.g.ReadIndex(ctx); err != nil {
 		return record.Info{}, err
 	}
 	return r.view().Info()
@@ -139,6 +142,7 @@ const jobRange = 1000
 // registry is the record of jobs as package proc sees it.
 type registry struct {
 	r   *recordClient
+	log *slog.Logger
 	out *proc.Outbox
 
 	fetch chan struct{} // semaphore of one
@@ -148,7 +152,7 @@ type registry struct {
 }
 
 func newRegistry(r *recordClient, log *slog.Logger) *registry {
-	g := &registry{r: r, fetch: make(chan struct{}, 1)}
+	g := &registry{r: r, log: log, fetch: make(chan struct{}, 1)}
 	g.out = proc.NewOutbox(g.tell, log)
 	return g
 }
@@ -188,7 +192,7 @@ func (g *registry) take() (ids.Job, bool) {
 	return g.next - 1, true
 }
 
-// Put tells the record, later and for certain.
+// Put tells the record later, until it was told.
 func (g *registry) Put(r proc.JobRecord) { g.out.Put(r) }
 
 func (g *registry) tell(ctx context.Context, rs []proc.JobRecord) error {
@@ -196,8 +200,16 @@ func (g *registry) tell(ctx context.Context, rs []proc.JobRecord) error {
 	for i := range rs {
 		c.PutJobs[i] = toRecord(&rs[i])
 	}
-	_, err := g.r.do(ctx, c)
-	return err
+	res, err := g.r.do(ctx, c)
+	if err != nil {
+		return err
+	}
+	for i, no := range res.Jobs {
+		if err := no.Error("", ""); err != nil && !errs.Has(err, errs.Stale) { // stale: it knows better already
+			g.log.Warn("the record refuses a job", "job", rs[i].Job, "state", rs[i].State.String(), "err", err)
+		}
+	}
+	return nil
 }
 
 // Get returns a job's record.
@@ -245,10 +257,47 @@ var jobStates = map[proc.State]record.JobState{
 	proc.Running: record.JobRunning, proc.Exited: record.JobExited, proc.Killed: record.JobKilled, proc.Lost: record.JobLost,
 }
 
+// argvTold is how much of a command line the record is told, in bytes: enough to
+// know a command by, and with what else a job may say far below MaxCommand.
+const argvTold = 64 << 10
+
+// toRecord cuts what the record would refuse: that a job has ended is worth more
+// than the end of its sentence.
 func toRecord(r *proc.JobRecord) record.Job {
-	return record.Job{ID: r.Job, Incarnation: r.Incarnation, Home: r.Home, Node: r.Node, Uid: r.UID, Argv: r.Argv, Cwd: string(r.Cwd),
+	j := record.Job{ID: r.Job, Incarnation: r.Incarnation, Home: r.Home, Node: r.Node, Uid: r.UID, Argv: cutArgv(r.Argv), Cwd: cut(string(r.Cwd), record.MaxPath),
 		State: jobStates[r.State], ExitCode: int32(r.Code), Signal: uint32(r.Signal), Detached: r.Detached, Started: r.Start, Ended: r.End,
-		Receipt: r.Receipt, Name: r.Name, CPU: r.CPU, Text: r.Text}
+		Receipt: r.Receipt, Name: cut(r.Name, record.MaxText), CPU: r.CPU, Text: cut(r.Text, record.MaxText)}
+	if len(j.Receipt) > record.MaxReceipt { // a part of it says nothing
+		j.Receipt = nil
+	}
+	return j
+}
+
+// cut returns the first n bytes of s, less what would be half a letter.
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
+}
+
+// cutArgv returns the first argvTold bytes of argv, of which each word takes one
+// more than it has.
+func cutArgv(argv [][]byte) [][]byte {
+	left := argvTold
+	for i, a := range argv {
+		if left -= len(a) + 1; left < 0 {
+			out := slices.Clone(argv[:i])
+			if n := left + len(a); n > 0 {
+				out = append(out, a[:n])
+			}
+			return out
+		}
+	}
+	return argv
 }
 
 func fromRecord(j *record.Job) proc.JobRecord {

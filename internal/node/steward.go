@@ -22,16 +22,36 @@ func votersFor(n int) int {
 	return 5
 }
 
+const (
+	// settling is how long after its start a node does not judge whom it has not
+	// heard of dead: gossip takes a second or two to reach all.
+	settling = 10 * time.Second
+	// buryAgain is how often the jobs of a dead node are looked for: its end may
+	// have been noticed before the record knew of all of them, or by a leader
+	// that died before it had told.
+	buryAgain = 5 * time.Second
+)
+
 // steward brings the voters of the groups that this node leads into line with
 // the members, one step at a time: new members become learners, the first of
-// them voters once they have caught up; then they are members in full.
+// them voters once they have caught up; then they are members in full. Leading
+// the record, it tells it which jobs died with their nodes. It keeps this node's
+// certificate good.
 func (n *Node) steward(ctx context.Context) error {
+	buried := map[ids.Node]time.Time{} // when last
+	var renewed time.Time              // when last tried
 	for {
 		pause(ctx, 200*time.Millisecond)
 		if ctx.Err() != nil {
 			return nil
 		}
 		n.noteMove(ctx)
+		if now := time.Now(); n.holder.NotAfter().Sub(now) < renewBefore && now.Sub(renewed) > renewAgain {
+			renewed = now
+			if err := n.renew(ctx); err != nil && ctx.Err() == nil {
+				n.cfg.Log.Warn("the certificate is not renewed yet", "ends", n.holder.NotAfter(), "err", err)
+			}
+		}
 		members := n.current()
 		for _, g := range []*group.Group{n.rec, n.root} {
 			if g.IsLeader() {
@@ -42,6 +62,27 @@ func (n *Node) steward(ctx context.Context) error {
 		}
 		if n.rec.IsLeader() {
 			n.admit(ctx, members)
+			if time.Since(n.began) > settling {
+				n.bury(ctx, members, buried)
+			}
+		}
+	}
+}
+
+// bury has the jobs of dead members marked lost: at once, and again for as long
+// as they are dead. What became of this node's own is the manager's to know.
+func (n *Node) bury(ctx context.Context, members []record.Member, buried map[ids.Node]time.Time) {
+	for _, m := range members {
+		if m.ID == n.id || n.members.IsAlive(m.ID) {
+			delete(buried, m.ID)
+			continue
+		}
+		if time.Since(buried[m.ID]) < buryAgain {
+			continue
+		}
+		buried[m.ID] = time.Now()
+		if err := n.manager.NodeDead(ctx, m.ID); err != nil && ctx.Err() == nil {
+			n.cfg.Log.Warn("its jobs are not marked lost yet", "member", m.ID.String(), "err", err)
 		}
 	}
 }
@@ -69,14 +110,24 @@ func (n *Node) tend(ctx context.Context, g *group.Group, members []record.Member
 			ready = append(ready, m.ID)
 		}
 	}
-	if len(ready) == 0 || len(st.Voters)+len(ready) == 4 { // four voters bear no more than three
+	ready = notFour(len(st.Voters), ready)
+	if len(ready) == 0 {
 		return nil
 	}
 	err := g.Promote(ctx, ready...)
-	if errs.Has(err, errs.Busy) && len(ready) > 1 {
-		err = g.Promote(ctx, ready[0]) // those that have not caught up come later
+	if few := notFour(len(st.Voters), ready[:1]); errs.Has(err, errs.Busy) && len(ready) > 1 && len(few) > 0 {
+		err = g.Promote(ctx, few...) // those that have not caught up come later
 	}
 	return err
+}
+
+// notFour leaves the last of ready out if with it there were four voters, who
+// bear no more than three do.
+func notFour(voters int, ready []ids.Node) []ids.Node {
+	if len(ready) > 0 && voters+len(ready) == 4 {
+		return ready[:len(ready)-1]
+	}
+	return ready
 }
 
 // admit makes members of those that joined and have their place in the groups.

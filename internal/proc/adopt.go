@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sort"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/proc/shim"
 	"github.com/unum-os/unum/internal/wire"
@@ -25,7 +28,14 @@ type meta struct {
 	Boot   string    `cbor:"4,keyasint"` // the boot it ran in
 	PGID   int       `cbor:"5,keyasint"` // the program's pid and process group, in the daemon's namespace; 0 unknown
 	Since  uint64    `cbor:"6,keyasint"` // the program's start time
+	// Until is when its time is up, a clock.Instant of Boot, and Limit that time in
+	// nanoseconds; 0: none.
+	Until int64 `cbor:"7,keyasint,omitempty"`
+	Limit int64 `cbor:"8,keyasint,omitempty"`
 }
+
+// orphanTick is how often the record is asked again when it could not be read.
+const orphanTick = time.Second
 
 func bootID() string {
 	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
@@ -47,15 +57,19 @@ func born(pid int) uint64 {
 	return n
 }
 
-// writeMeta leaves in dir what a later life of the daemon needs.
+// writeMeta leaves in dir what a later life of the daemon needs. A job that is
+// being started counts as running, its program not known yet.
 func writeMeta(dir string, j *job) error {
 	j.mu.Lock()
-	mt := meta{Record: j.rec, Shim: j.proc.Pid, Born: born(j.proc.Pid), Boot: bootID()}
-	cgs := j.cg.pids()
+	mt := meta{Record: j.rec, Shim: j.proc.Pid, Born: born(j.proc.Pid), Boot: bootID(), Until: int64(j.until), Limit: j.l.Timeout}
+	cgs, program := j.cg.pids(), j.program
 	j.mu.Unlock()
+	if mt.Record.State == 0 {
+		mt.Record.State = Running
+	}
 	// The program's pid here is the one whose innermost number the shim told.
 	for _, pid := range append(children(mt.Shim), cgs...) {
-		if pid != mt.Shim && innerPid(pid) == j.program {
+		if program != 0 && pid != mt.Shim && innerPid(pid) == program {
 			mt.PGID, mt.Since = pid, born(pid)
 			break
 		}
@@ -93,17 +107,28 @@ func innerPid(pid int) int {
 	return 0
 }
 
+// replaceFile replaces a file, safe from a loss of power when it returns.
 func replaceFile(path string, b []byte) error {
 	tmp := path + ".new"
 	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	_, werr := f.Write(b)
-	if err := errors.Join(werr, f.Close()); err != nil {
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(tmp, path)
+	if err := os.Rename(tmp, path); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 func readMeta(dir string) (meta, error) {
@@ -116,19 +141,29 @@ func readMeta(dir string) (meta, error) {
 }
 
 // adoptAll takes over the detached jobs an earlier daemon left, and tells the
-// record of those that ended in between.
+// record of those that ended in between. Of those that have ended it keeps the
+// last keepEnded with their output.
 func (m *Manager) adoptAll(ctx context.Context) {
 	es, err := os.ReadDir(m.jobsDir())
 	if err != nil {
 		m.cfg.Log.Warn("jobs of an earlier life cannot be listed", "err", err)
 		return
 	}
+	var ended []JobRecord
 	for _, e := range es {
 		mt, err := readMeta(filepath.Join(m.jobsDir(), e.Name()))
-		if err != nil || mt.Record.State.Finished() {
+		if err != nil {
 			continue
 		}
-		j := &job{m: m, l: launch{Job: mt.Record.Job, Incarnation: mt.Record.Incarnation, Detach: true}, home: mt.Record.Home,
+		if mt.Record.State.Finished() {
+			ended = append(ended, mt.Record)
+			continue
+		}
+		if mt.PGID == 0 {
+			mt.PGID = eldest(children(mt.Shim))
+			mt.Since = born(mt.PGID)
+		}
+		j := &job{m: m, l: launch{Job: mt.Record.Job, Incarnation: mt.Record.Incarnation, Detach: true, Timeout: mt.Limit}, until: clock.Instant(mt.Until), home: mt.Record.Home,
 			rec: mt.Record, adopted: &mt, cg: m.cg.find(groupName(mt.Shim)), over: make(chan struct{})}
 		fd, alive := -1, false
 		if mt.Boot == bootID() && born(mt.Shim) == mt.Born && mt.Born != 0 {
@@ -141,6 +176,7 @@ func (m *Manager) adoptAll(ctx context.Context) {
 			}
 			j.settle(mt)
 			m.remember(j.rec)
+			ended = append(ended, j.rec)
 			continue
 		}
 		p, err := os.FindProcess(mt.Shim)
@@ -149,7 +185,9 @@ func (m *Manager) adoptAll(ctx context.Context) {
 			continue
 		}
 		j.proc = p
-		_, leave, err := m.enter(j)
+		m.mu.Lock()
+		leave, err := m.admitLocked(j)
+		m.mu.Unlock()
 		if err != nil {
 			unix.Close(fd)
 			m.cfg.Log.Warn("job of an earlier life cannot be taken over", "job", mt.Record.Job, "err", err)
@@ -158,10 +196,62 @@ func (m *Manager) adoptAll(ctx context.Context) {
 		go func() {
 			defer leave()
 			defer unix.Close(fd)
+			if j.until != 0 {
+				t := time.AfterFunc(j.until.Sub(clock.Now()), func() { j.expire(time.Duration(j.l.Timeout)) })
+				defer t.Stop()
+			}
 			if awaitPidfd(ctx, fd) {
 				j.settle(mt)
 			}
 		}()
+	}
+	sort.Slice(ended, func(a, b int) bool { return ended[a].End > ended[b].End })
+	for _, r := range ended[min(len(ended), keepEnded):] {
+		if err := os.RemoveAll(m.jobDir(r.Job)); err != nil {
+			m.cfg.Log.Warn("output of an ended job cannot be removed", "job", r.Job, "err", err)
+		}
+	}
+}
+
+// eldest returns the process that started first; 0 if there is none. Of the
+// shim's children it is the program: others were left to it later.
+func eldest(pids []int) int {
+	best, since := 0, uint64(0)
+	for _, pid := range pids {
+		if b := born(pid); b != 0 && (best == 0 || b < since) {
+			best, since = pid, b
+		}
+	}
+	return best
+}
+
+// orphans tells the record that jobs of an earlier life of this daemon, begun
+// before the time given (Unix nanoseconds) and not taken over, are lost: nobody
+// else may be left to see it. It returns when the record could be asked, or ctx
+// has ended.
+func (m *Manager) orphans(ctx context.Context, began int64) {
+	t := time.NewTicker(orphanTick)
+	defer t.Stop()
+	for {
+		rs, err := m.cfg.Registry.List(ctx)
+		if err == nil {
+			for _, r := range rs {
+				_, _, known := m.find(r.Job)
+				if r.Node != m.cfg.Self || r.State.Finished() || r.Start >= began || known {
+					continue
+				}
+				r.State, r.End = Lost, time.Now().UnixNano()
+				r.Text = fmt.Sprintf("the daemon of node %v was restarted", m.cfg.Self)
+				m.cfg.Registry.Put(r)
+			}
+			return
+		}
+		m.cfg.Log.Debug("jobs of an earlier life cannot be asked for", "err", err)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 
@@ -216,6 +306,9 @@ func (j *job) settle(mt meta) {
 		j.m.cfg.Log.Warn("control group cannot be removed", "job", j.l.Job, "err", err)
 	}
 	j.mu.Lock()
+	if j.why != nil && j.why.Code == codeTimeout {
+		e = j.why
+	}
 	j.finish(e)
 	mt.Record = j.rec
 	j.mu.Unlock()
@@ -226,6 +319,5 @@ func (j *job) settle(mt meta) {
 func (m *Manager) remember(r JobRecord) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.ended[r.Job] = r
-	m.last = append(m.last, r.Job)
+	m.rememberLocked(r)
 }

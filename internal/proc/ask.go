@@ -95,7 +95,9 @@ func (h *Home) PS(ctx context.Context, all bool) PSResp {
 			live[n] = true
 			for _, j := range r.Jobs {
 				seen[j.Record.Job] = true
-				resp.Jobs = append(resp.Jobs, j)
+				if all || !j.Record.State.Finished() {
+					resp.Jobs = append(resp.Jobs, j)
+				}
 			}
 		}()
 	}
@@ -126,7 +128,7 @@ func (h *Home) locate(ctx context.Context, id ids.Job) (JobRecord, error) {
 	if err == nil {
 		return r, nil
 	}
-	for _, j := range h.PS(ctx, false).Jobs {
+	for _, j := range h.PS(ctx, true).Jobs {
 		if j.Record.Job == id {
 			return j.Record, nil
 		}
@@ -156,7 +158,8 @@ func (h *Home) serveKill(ctx context.Context, c *control.Conn, req []byte) error
 	if err != nil {
 		return err
 	}
-	if rec.State.Finished() {
+	// A lost one may live: its node was perhaps only cut off.
+	if rec.State.Finished() && rec.State != Lost {
 		return errs.E(errs.NotFound, "", "", "job %d has ended (%v)", r.Job, rec.State)
 	}
 	_, err = h.cfg.RPC.Call(ctx, rec.Node, methodKill, killReq{r.Job, r.Signal, c.Peer.UID}, nil, nil)
@@ -164,19 +167,28 @@ func (h *Home) serveKill(ctx context.Context, c *control.Conn, req []byte) error
 }
 
 // Wait returns the final record of a job. A node that falls silent is asked
-// again until the record says what became of the job.
+// again until the record says what became of the job. That a job is lost is a
+// guess: its node is asked first.
 func (h *Home) Wait(ctx context.Context, id ids.Job) (JobRecord, error) {
 	rec, err := h.locate(ctx, id)
 	if err != nil {
 		return rec, err
 	}
+	ask := func() (w waitResp, err error) {
+		wctx, cancel := context.WithTimeout(ctx, waitPoll+askTimeout)
+		defer cancel()
+		_, err = h.cfg.RPC.Call(wctx, rec.Node, methodWait, waitReq{id}, nil, &w)
+		return w, err
+	}
+	if rec.State == Lost {
+		if w, err := ask(); err == nil && w.Known {
+			rec = w.Record
+		}
+	}
 	const first, most = 50 * time.Millisecond, time.Second
 	pause := first
 	for !rec.State.Finished() {
-		var w waitResp
-		wctx, cancel := context.WithTimeout(ctx, waitPoll+askTimeout)
-		_, err := h.cfg.RPC.Call(wctx, rec.Node, methodWait, waitReq{id}, nil, &w)
-		cancel()
+		w, err := ask()
 		switch {
 		case ctx.Err() != nil:
 			return rec, ctx.Err()

@@ -10,7 +10,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/wire"
 )
 
 func (r *rig) detach(args ...string) ids.Job {
@@ -117,5 +119,104 @@ func TestNodeDead(t *testing.T) {
 	}
 	if j := r.wait(91); j.State != Exited || j.ExitCode() != 3 {
 		t.Errorf("%+v", j)
+	}
+}
+
+// TestAdoptTimeout: the time limit of a detached job outlives the daemon too.
+func TestAdoptTimeout(t *testing.T) {
+	r := newRig(t)
+	id := r.detach("--timeout", "2s", "sleep", "1000")
+	r.stop()
+	r.up()
+	if j := r.wait(id); j.State != Killed || j.ExitCode() != codeTimeout {
+		t.Errorf("%+v", j)
+	}
+	until(t, "nothing left", func() bool { return len(r.mgrs[2].Jobs()) == 0 })
+}
+
+// TestOrphans: when nobody saw a daemon die, it says itself after its return what
+// it no longer has.
+func TestOrphans(t *testing.T) {
+	r := newRig(t)
+	id := r.detach("sleep", "1000")
+	r.stop()
+	old := JobRecord{Job: 90, Incarnation: 1, Home: 1, Node: 2, State: Running, Start: 1}
+	theirs, ended := old, old
+	theirs.Job, theirs.Node = 91, 7
+	ended.Job, ended.State, ended.Code = 92, Exited, 3
+	for _, j := range []JobRecord{old, theirs, ended} {
+		r.reg.Put(j)
+	}
+	r.up()
+	if j := r.wait(90); j.State != Lost || j.ExitCode() != 125 || !strings.Contains(j.Text, "the daemon of node n2 was restarted") {
+		t.Errorf("%+v", j)
+	}
+	for n, want := range map[ids.Job]State{91: Running, 92: Exited, id: Running} {
+		if j, err := r.reg.Get(context.Background(), n); err != nil || j.State != want {
+			t.Errorf("%+v, %v", j, err)
+		}
+	}
+	if err := r.ask(VerbKill, KillReq{Job: id, Signal: 9}, nil); err != nil {
+		t.Error(err)
+	}
+	r.wait(id)
+}
+
+// TestLostButAlive: a job whose node was only cut off can be waited for and
+// killed, whatever the record believes.
+func TestLostButAlive(t *testing.T) {
+	r := newRig(t)
+	id := r.detach("sleep", "1000")
+	if err := r.mgrs[1].NodeDead(context.Background(), 2); err != nil {
+		t.Fatal(err)
+	}
+	if j, err := r.reg.Get(context.Background(), id); err != nil || j.State != Lost {
+		t.Fatalf("%+v, %v", j, err)
+	}
+	waited := make(chan JobRecord, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		j, _ := r.home.Wait(ctx, id)
+		waited <- j
+	}()
+	if err := r.ask(VerbKill, KillReq{Job: id, Signal: 15}, nil); err != nil {
+		t.Error(err)
+	}
+	if j := <-waited; j.State != Exited || j.ExitCode() != 143 {
+		t.Errorf("%+v", j)
+	}
+	if err := r.ask(VerbKill, KillReq{Job: id, Signal: 15}, nil); !errs.Has(err, errs.NotFound) {
+		t.Errorf("%v", err)
+	}
+	// One that nobody has any more is lost, at once.
+	r.reg.Put(JobRecord{Job: 500, Incarnation: 1, Node: 2, State: Lost})
+	if j := r.wait(500); j.State != Lost {
+		t.Errorf("%+v", j)
+	}
+}
+
+// TestOldOutput: the output of ended jobs goes when there are too many of them.
+func TestOldOutput(t *testing.T) {
+	r := newRig(t)
+	r.stop()
+	const more = 3
+	for i := range keepEnded + more {
+		dir := r.mgrs[2].jobDir(ids.Job(i + 1))
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		mt := meta{Record: JobRecord{Job: ids.Job(i + 1), Incarnation: 1, Node: 2, State: Exited, End: int64(i + 1)}}
+		if err := os.WriteFile(dir+"/"+metaFile, wire.MustMarshal(mt), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.up()
+	es, err := os.ReadDir(r.mgrs[2].jobsDir())
+	if err != nil || len(es) != keepEnded {
+		t.Errorf("%d directories, %v", len(es), err)
+	}
+	if _, err := os.Stat(r.mgrs[2].jobDir(more)); !os.IsNotExist(err) {
+		t.Errorf("the oldest: %v", err)
 	}
 }

@@ -15,8 +15,10 @@
 //     returns it, and the job may live three seconds from that time. A pause of
 //     either side therefore never prolongs it, and the shim enforces it even
 //     when the manager is stopped.
-//   - An exit status is reported once, after the last byte of output. It beats
-//     loss if it arrived.
+//   - An exit status is reported once, after all output that was written before
+//     the job's namespace ended; if a part of that was lost on the way, code 125
+//     and a sentence are reported in its place. It beats the node's silence if it
+//     arrived.
 //   - No descriptor, process, or control group of a job is left after it.
 //
 // Lock order: Manager.mu before job.mu; neither is held over rpc or disk.

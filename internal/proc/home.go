@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
@@ -220,6 +222,7 @@ type course struct {
 	begin func()         // lets input flow
 
 	started atomic.Bool // the node has the command for certain
+	cut     atomic.Bool // an output ended before its end
 
 	mu    sync.Mutex // guards what follows
 	conns []net.Conn
@@ -302,6 +305,9 @@ func (c *course) end(ctx context.Context, e *ending) jobapi.Event {
 	}
 	select {
 	case <-delivered:
+		if e.State != 0 && c.cut.Load() {
+			return failed(errs.E(errs.IO, "", "", "a part of the output was lost on the way from node %s", c.r.h.nodeName(c.node)))
+		}
 	case <-ctx.Done():
 	}
 	ev := jobapi.Event{Ended: true, Code: e.Code, Signal: e.Signal, Text: e.Text}
@@ -346,7 +352,11 @@ func (c *course) openStreams(ctx context.Context) {
 		go func() {
 			defer c.wg.Done()
 			defer c.outs.Done()
-			_, werr := pump(w, conn)
+			rerr, werr := pump(w, conn)
+			// A terminal on this node ends with a reset when typed input was not read.
+			if rerr != nil && !(fd == 0 && errors.Is(rerr, unix.ECONNRESET)) {
+				c.cut.Store(true)
+			}
 			if werr != nil && fd != 0 {
 				c.t.send(toNode{Gone: fd}) // nobody reads this any more
 			}
@@ -463,6 +473,9 @@ func (h *Home) serveRun(ctx context.Context, c *control.Conn, req []byte) error 
 	if err != nil {
 		closeAll()
 		return err
+	}
+	if c.Peer.UID != 0 {
+		bound(&a.Program, c.Peer)
 	}
 	tells := make(chan jobapi.Tell, 16)
 	done := make(chan struct{})

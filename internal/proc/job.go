@@ -26,6 +26,9 @@ import (
 // directory on a silent file server must not hold the caller for ever.
 const startTimeout = 20 * time.Second
 
+// maxEarly bounds the signals that wait for the shim to have its spec.
+const maxEarly = 64
+
 // codeTimeout is the exit code of a job whose time was up, as timeout(1) has it.
 const codeTimeout = 124
 
@@ -39,12 +42,14 @@ type job struct {
 
 	mu      sync.Mutex // guards what follows
 	rec     JobRecord
-	link    *net.UnixConn // to the shim; nil for an adopted job
+	link    *net.UnixConn // to the shim; nil for an adopted job, and until the shim has its spec
+	early   []int         // signals that came before link
 	proc    *os.Process   // the shim; nil before its start
 	adopted *meta         // what is known of an adopted job; nil for others
 	program int           // pid of the program, as the shim sees it
 	cg      *cgroup
 	lease   clock.Instant // end of an attached job's
+	until   clock.Instant // when a detached job's time is up; 0: never
 	why     *ending       // set by the one who kills it first
 }
 
@@ -120,18 +125,8 @@ func (j *job) runAttached(t *talk) {
 	j.mu.Lock()
 	j.lease = lease
 	j.mu.Unlock()
-	if e := j.start(io, lease, nil); e != nil {
-		t.send(toHome{End: e})
-		awaitClose(t.Conn)
-		return
-	}
-	io.release()
-	j.m.cfg.Registry.Put(j.record())
-	t.send(toHome{Started: true})
-
+	// The lease is held, and the home heard, from here on: a start may take long.
 	var wg sync.WaitGroup // everything below ends with the job
-	dead := make(chan struct{})
-	outputs := io.serve(t, s, dead, &wg)
 	finished := make(chan struct{})
 	wg.Add(2)
 	go func() {
@@ -150,6 +145,19 @@ func (j *job) runAttached(t *talk) {
 			j.obey(msg, io)
 		}
 	}()
+
+	if e := j.start(io, lease, nil); e != nil {
+		close(finished)
+		t.send(toHome{End: e})
+		t.SetReadDeadline(time.Now().Add(sendTimeout)) // it reads the end and closes
+		wg.Wait()
+		return
+	}
+	io.release()
+	j.m.cfg.Registry.Put(j.record())
+	t.send(toHome{Started: true})
+	dead := make(chan struct{})
+	outputs := io.serve(t, s, dead, &wg)
 
 	e := j.await(j.l.Timeout)
 	close(dead)
@@ -224,9 +232,12 @@ func (j *job) runDetached(ctx context.Context, res chan<- *ending) {
 		return
 	}
 	io.release()
-	if err := writeMeta(dir, j); err != nil {
-		j.m.cfg.Log.Warn("a restart of the daemon will not find this job again", "job", j.l.Job, "err", err)
+	if j.l.Timeout > 0 {
+		j.mu.Lock()
+		j.until = clock.Now().Add(time.Duration(j.l.Timeout))
+		j.mu.Unlock()
 	}
+	j.note(dir)
 	j.m.cfg.Registry.Put(j.record())
 	res <- nil
 	done := make(chan struct{})
@@ -260,15 +271,21 @@ func (j *job) start(io *jobIO, lease clock.Instant, dir *os.File) *ending {
 		files = append(files[:3:3], dir)
 	}
 	j.mu.Lock()
-	j.link, j.proc, j.cg = v.link, v.proc, v.cg
+	j.proc, j.cg = v.proc, v.cg
 	gone := j.why
 	j.mu.Unlock()
 	if gone != nil {
 		v.proc.Kill()
 	}
+	if dir != nil {
+		// A daemon that is killed from here on leaves a job that the next one finds;
+		// a shim that has no spec yet ends with its link.
+		j.note(dir.Name())
+	}
 	var from shim.FromShim
 	v.link.SetDeadline(time.Now().Add(startTimeout))
 	err = shim.Give(v.link, &spec, files)
+	j.connect(v.link)
 	if err == nil {
 		err = shim.Read(v.link, &from)
 	}
@@ -293,6 +310,28 @@ func (j *job) start(io *jobIO, lease clock.Instant, dir *os.File) *ending {
 		return why
 	}
 	return j.notStarted(fmt.Sprintf("the program could not be started on node %v: %v", j.m.cfg.Self, err), jobapi.CodeFailed)
+}
+
+// note leaves in the job's directory what the next daemon must know.
+func (j *job) note(dir string) {
+	if err := writeMeta(dir, j); err != nil {
+		j.m.cfg.Log.Warn("a restart of the daemon will not find this job again", "job", j.l.Job, "err", err)
+	}
+}
+
+// connect opens the link to signals and renewals, now that the spec has gone over
+// it, and sends what came before.
+func (j *job) connect(link *net.UnixConn) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.link = link
+	if j.lease != 0 {
+		shim.Write(link, shim.ToShim{Deadline: int64(j.lease)}) // a broken link shows in the answer to the spec
+	}
+	for _, sig := range j.early {
+		shim.Write(link, shim.ToShim{Signal: sig})
+	}
+	j.early = nil
 }
 
 // environment is the caller's, without what is true on its node only, and with
@@ -481,6 +520,9 @@ func (j *job) tell(m shim.ToShim) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.link == nil {
+		if m.Signal != 0 && len(j.early) < maxEarly {
+			j.early = append(j.early, m.Signal)
+		}
 		return nil
 	}
 	j.link.SetWriteDeadline(time.Now().Add(sendTimeout))

@@ -272,7 +272,12 @@ func (o *jobIO) input(t *talk, c <-chan net.Conn, dead <-chan struct{}) {
 		case <-stop:
 		}
 	}()
-	_, werr := pump(o.in, conn)
+	rerr, werr := pump(o.in, conn)
+	if rerr != nil {
+		// No end of input, but that of the home or of the way to it: the job dies of
+		// it, and must not take it for the end of what it reads.
+		<-dead
+	}
 	o.in.Close()
 	if werr != nil {
 		t.send(toHome{NoInput: true}) // the program reads no more

@@ -69,7 +69,7 @@ type Manager struct {
 	last  []ids.Job // the keys of ended, oldest first
 	slots map[slotKey]*slot
 	base  context.Context // of Run; nil before and after
-	wg    sync.WaitGroup  // jobs; Add under mu with base set
+	wg    sync.WaitGroup  // jobs; Add under mu, before Run has base taken away
 }
 
 // slotKey names a job's streams by who opened them too: a home cannot speak for
@@ -121,12 +121,18 @@ func (m *Manager) Run(ctx context.Context) error {
 	if err := os.MkdirAll(m.jobsDir(), 0o711); err != nil {
 		return errs.Wrap(err, "make job directory", m.jobsDir())
 	}
+	m.adoptAll(ctx)
+	m.cg.sweep()
+	began := time.Now().UnixNano()
 	m.mu.Lock()
 	m.base = ctx
 	m.mu.Unlock()
-	m.adoptAll(ctx)
-	m.cg.sweep()
 	var ahead sync.WaitGroup
+	ahead.Add(1)
+	go func() {
+		defer ahead.Done()
+		m.orphans(ctx, began)
+	}()
 	for range startAhead {
 		ahead.Add(1)
 		go func() {
@@ -149,8 +155,8 @@ func (m *Manager) jobDir(id ids.Job) string {
 	return filepath.Join(m.jobsDir(), fmt.Sprint(uint64(id)))
 }
 
-// NodeDead tells the record that the unfinished jobs of n are lost. Every node
-// may say so; the record keeps the first.
+// NodeDead tells the record that the unfinished jobs of n are lost. To say so
+// again changes nothing; a node that was only cut off says later how they ended.
 func (m *Manager) NodeDead(ctx context.Context, n ids.Node) error {
 	rs, err := m.cfg.Registry.List(ctx)
 	if err != nil {
@@ -186,31 +192,42 @@ func (m *Manager) Jobs() []JobInfo {
 func (m *Manager) enter(j *job) (ctx context.Context, leave func(), err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	switch {
-	case m.base == nil:
+	if m.base == nil {
 		return nil, nil, errs.E(errs.Unavailable, "", "", "node %v is not ready for jobs", m.cfg.Self)
+	}
+	leave, err = m.admitLocked(j)
+	return m.base, leave, err
+}
+
+// admitLocked is enter, while there is no base yet too.
+func (m *Manager) admitLocked(j *job) (leave func(), err error) {
+	switch {
 	case len(m.jobs) >= maxJobs:
-		return nil, nil, errs.E(errs.Busy, "", "", "node %v runs %d jobs, its limit", m.cfg.Self, maxJobs)
+		return nil, errs.E(errs.Busy, "", "", "node %v runs %d jobs, its limit", m.cfg.Self, maxJobs)
 	case m.jobs[j.rec.Job] != nil:
-		return nil, nil, errs.E(errs.Exists, "", "", "job %d already runs on %v", j.rec.Job, m.cfg.Self)
+		return nil, errs.E(errs.Exists, "", "", "job %d already runs on %v", j.rec.Job, m.cfg.Self)
 	}
 	m.jobs[j.rec.Job] = j
 	m.wg.Add(1)
-	return m.base, func() {
+	return func() {
 		r := j.record()
 		m.mu.Lock()
 		delete(m.jobs, r.Job)
 		if r.State.Finished() {
-			m.ended[r.Job] = r
-			m.last = append(m.last, r.Job)
-			if len(m.last) > keepEnded {
-				delete(m.ended, m.last[0])
-				m.last = m.last[1:]
-			}
+			m.rememberLocked(r)
 		}
 		m.mu.Unlock()
 		m.wg.Done()
 	}, nil
+}
+
+func (m *Manager) rememberLocked(r JobRecord) {
+	m.ended[r.Job] = r
+	m.last = append(m.last, r.Job)
+	if len(m.last) > keepEnded {
+		delete(m.ended, m.last[0])
+		m.last = m.last[1:]
+	}
 }
 
 // find returns a running job, or what is remembered of an ended one.

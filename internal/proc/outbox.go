@@ -9,13 +9,17 @@ import (
 	"github.com/unum-os/unum/internal/ids"
 )
 
-// outboxBatch bounds the records told at once: a proposal of bounded size.
-const outboxBatch = 256
+// outboxBatch bounds the records told at once, and outboxBytes the size of those
+// that are big: a proposal of bounded size. A single one may be bigger.
+const (
+	outboxBatch = 256
+	outboxBytes = 512 << 10
+)
 
 // Outbox keeps what the record must be told until it has been told. Of several
 // records of one job only the one that supersedes the others is kept, so a job
-// that is over before its start was told costs one message, and the outbox is
-// bounded by the jobs of this node.
+// that is over before its start was told costs one message. While the record
+// cannot be told the outbox grows by one message for each job started.
 type Outbox struct {
 	tell func(ctx context.Context, rs []JobRecord) error
 	log  *slog.Logger
@@ -106,11 +110,17 @@ func (o *Outbox) Run(ctx context.Context) error {
 func (o *Outbox) flush(ctx context.Context) error {
 	for {
 		o.mu.Lock()
-		n := min(len(o.order), outboxBatch)
-		batch := make([]JobRecord, 0, n)
-		for _, id := range o.order[:n] {
-			batch = append(batch, o.pending[id])
+		var batch []JobRecord
+		bytes := 0
+		for _, id := range o.order[:min(len(o.order), outboxBatch)] {
+			r := o.pending[id]
+			bytes += r.size()
+			if len(batch) > 0 && bytes > outboxBytes {
+				break
+			}
+			batch = append(batch, r)
 		}
+		n := len(batch)
 		o.mu.Unlock()
 		if n == 0 {
 			return nil
@@ -135,4 +145,13 @@ func (o *Outbox) flush(ctx context.Context) error {
 		o.order = append(o.order, rest...)
 		o.mu.Unlock()
 	}
+}
+
+// size is what r takes in a message, but for some small numbers.
+func (r *JobRecord) size() int {
+	n := len(r.Cwd) + len(r.Receipt) + len(r.Text) + len(r.Name)
+	for _, a := range r.Argv {
+		n += len(a) + 8
+	}
+	return n
 }

@@ -9,7 +9,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/wire"
 )
 
 // TestOutbox: what could not be told stays and is told later; of one job only
@@ -79,5 +81,26 @@ func TestSupersedes(t *testing.T) {
 				t.Errorf("%d over %d: %v", i, j, got)
 			}
 		}
+	}
+}
+
+// TestOutboxBigRecords: long command lines go over in several messages, each of
+// which the record takes.
+func TestOutboxBigRecords(t *testing.T) {
+	const limit, n = 1 << 20, 9 // the record's limit of a command
+	told := 0
+	o := NewOutbox(func(ctx context.Context, rs []JobRecord) error {
+		if b := wire.MustMarshal(rs); len(b) > limit {
+			return errs.E(errs.TooLarge, "", "", "%d bytes", len(b))
+		}
+		told += len(rs)
+		return nil
+	}, slog.New(slog.DiscardHandler))
+	for i := range n {
+		o.Put(JobRecord{Job: ids.Job(i + 1), Incarnation: 1, State: Exited, Argv: [][]byte{make([]byte, 120<<10)}})
+	}
+	o.Put(JobRecord{Job: 99, Incarnation: 1, State: Exited, Argv: [][]byte{make([]byte, 600<<10)}}) // alone, then
+	if err := o.flush(context.Background()); err != nil || told != n+1 || len(o.List()) != 0 {
+		t.Errorf("%v, %d told, %d waiting", err, told, len(o.List()))
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/proc/jobapi"
 )
 
 // RPC is what this package uses of the node's endpoint (package rpc).
@@ -99,11 +100,12 @@ func rank(s State) int {
 	return 0
 }
 
-// ExitCode returns the code a caller that waits for the job exits with.
+// ExitCode returns the code a caller that waits for the job exits with: the same
+// as the one who runs it.
 func (r *JobRecord) ExitCode() int {
 	switch {
-	case r.State == Lost, r.State == Running:
-		return 125
+	case r.State == Lost, r.State == Running, r.State == Killed && r.Code == 0:
+		return jobapi.CodeFailed
 	case r.Signal != 0:
 		return 128 + r.Signal
 	}
@@ -115,9 +117,9 @@ type Registry interface {
 	// NewID gives a number no job ever had. It is local and fast: it comes from
 	// a range granted beforehand.
 	NewID(ctx context.Context) (ids.Job, error)
-	// Put tells the record, later and for certain: it never blocks, what it was
-	// told stays until the record has it (see Outbox), and the record keeps what
-	// Supersedes the rest.
+	// Put tells the record, later: it never blocks, what it was told waits in
+	// memory until the record has it (see Outbox), and is gone with a daemon that
+	// is killed before. The record keeps what Supersedes the rest.
 	Put(JobRecord)
 	Get(ctx context.Context, id ids.Job) (JobRecord, error) // class NotFound
 	List(ctx context.Context) ([]JobRecord, error)

@@ -1,6 +1,9 @@
 package record
 
-import "github.com/unum-os/unum/internal/ids"
+import (
+	"github.com/unum-os/unum/internal/group"
+	"github.com/unum-os/unum/internal/ids"
+)
 
 // Limits.
 const (
@@ -10,14 +13,15 @@ const (
 	Window        = 4096      // how far a client's Seq may run ahead of what it acknowledged
 	MaxText       = 255       // bytes of a host name, an address, a label
 	MaxLabels     = 64        // labels of a member
-	MaxTokens     = 1024      // tokens at a time; expired ones go first
+	MaxTokens     = 1024      // tokens at a time; a used-up one goes first, then the one that ends soonest
 	MaxPEM        = 64 << 10  // bytes of a certificate or key
 	MaxArgv       = 128 << 10 // bytes of a job's argv in the record
 	MaxPath       = 4096      // bytes of a working directory
 	MaxReceipt    = 64 << 10  // bytes of a receipt
 	MaxPut        = 256       // jobs in one PutJobs
 	MaxGrant      = 1 << 20   // job ids in one grant
-	MaxCommand    = 3 << 20   // bytes of an encoded command
+
+	MaxCommand = group.MaxCommand // bytes of an encoded command
 )
 
 // Role says what a member does for the cluster.
@@ -58,7 +62,7 @@ func word(i int, words ...string) string {
 // TokenID is the hash of a token's secret.
 type TokenID [32]byte
 
-// KeyHash is the SHA-256 of a node's public key (DER, SubjectPublicKeyInfo).
+// KeyHash is the SHA-256 of a node's public key, the 32 bytes of Ed25519.
 type KeyHash [32]byte
 
 // Info is the cluster's identity. CAKey and VolumeKey are secrets.
@@ -138,8 +142,8 @@ type Job struct {
 	ExitCode    int32           `cbor:"10,keyasint,omitempty"`
 	Signal      uint32          `cbor:"11,keyasint,omitempty"`
 	Detached    bool            `cbor:"12,keyasint,omitempty"`
-	Started     int64           `cbor:"13,keyasint"`           // ns since 1970, of its home
-	Ended       int64           `cbor:"14,keyasint,omitempty"` // ns since 1970, of its node
+	Started     int64           `cbor:"13,keyasint"`           // ns since 1970, of its node; of its home if no node took it
+	Ended       int64           `cbor:"14,keyasint,omitempty"` // ns since 1970, of its node; of who says lost, if that is its end
 	Receipt     []byte          `cbor:"15,keyasint,omitempty"` // why it runs where it runs; opaque here
 	Name        string          `cbor:"16,keyasint,omitempty"`
 

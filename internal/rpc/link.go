@@ -25,6 +25,9 @@ const (
 	// room at its end before the handler has ended.
 	callsInHand = 1024
 	bulkInHand  = 16
+	// streamsInHand bounds the streams a node has open to a peer: each attached
+	// command there needs up to four.
+	streamsInHand = 8192
 )
 
 // link is one connection to a peer that carries frames (all lanes but streams,
@@ -43,7 +46,7 @@ type link struct {
 	ping    func() // asks the peer for a sign of life; never blocks
 
 	waiting atomic.Int64 // answers or streams waited for
-	serving atomic.Int64 // handlers running
+	serving atomic.Int64 // streams served, or calls whose answers have no room yet
 
 	mu     sync.Mutex
 	nextID uint64
@@ -141,7 +144,7 @@ func (l *link) read(casts *queue) error {
 		}
 		switch f.Type {
 		case framePing:
-			l.out.put(frame{typ: framePong}, true)
+			l.out.put(frame{typ: framePong}, false) // no room: what fills the queue is a sign of life too
 		case framePong:
 		case frameReply:
 			err = l.gotReply(f)
@@ -226,17 +229,20 @@ func (l *link) gotCall(f wire.Frame) error {
 	l.serving.Add(1)
 	done := func() {
 		cancel()
-		l.serving.Add(-1)
 		l.mu.Lock()
 		delete(l.hands, h.ID)
 		l.mu.Unlock()
 	}
 	if !l.e.spawn(func() {
+		// A call is in hand until its answer has room: a peer that reads none cannot
+		// make this node keep more of them than it may have in hand.
+		defer l.serving.Add(-1)
 		resp, data, err := l.e.handle(ctx, l.peer, h.Method, h.Req, f.Body)
 		done()
 		l.answer(h.ID, frame{header: resp, body: data}, err, false)
 	}) {
 		done()
+		l.serving.Add(-1)
 	}
 	return nil
 }

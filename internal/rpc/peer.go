@@ -47,8 +47,11 @@ const alpnJoin = "unum-join/1"
 
 // inHand is how many calls (streams, for that lane) may be in hand.
 func (k laneKind) inHand() int64 {
-	if k == laneBulk {
+	switch k {
+	case laneBulk:
 		return bulkInHand
+	case laneMux:
+		return streamsInHand
 	}
 	return callsInHand
 }

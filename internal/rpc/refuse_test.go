@@ -6,12 +6,14 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/wire"
 )
 
 func TestRefusals(t *testing.T) {
@@ -146,6 +148,74 @@ func TestJoin(t *testing.T) {
 	lis.Close()
 	if _, _, err := Join(ctx, lis.Addr().String(), fp, nil); !errs.Has(err, errs.Unavailable) {
 		t.Fatalf("nobody there: %v (%v)", err, errs.ClassOf(err))
+	}
+}
+
+// A peer that calls and reads no answers cannot make this node keep more of them
+// than a correct one may have in hand.
+func TestAnswersNotRead(t *testing.T) {
+	n := newLAN(t)
+	e, err := New(n.config(1, holder(t, n.ca, 1, time.Now())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.lis.Close()
+	var handled atomic.Int64
+	big := make([]byte, 1<<20)
+	e.Handle("big", func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
+		handled.Add(1)
+		return nil, big, nil
+	})
+	near, far := net.Pipe()
+	raw := newRawConn(near, 4096)
+	l := e.newLink(2, laneCall, false, raw, raw)
+	done := make(chan struct{})
+	go func() { l.run(); close(done) }()
+	const calls = 4 * callsInHand
+	for i := range calls {
+		if err := wire.WriteFrame(far, frameCall, wire.MustMarshal(callHeader{ID: uint64(i + 1), Method: "big", TTL: int64(time.Minute / time.Microsecond)}), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until(t, 20*time.Second, "as many are handled as may be", func() bool { return handled.Load() >= 2*callsInHand })
+	far.Close()
+	<-done
+	e.wg.Wait()
+	if h := handled.Load(); h > 2*callsInHand+2*sendLimit>>20 {
+		t.Fatalf("%d of %d calls handled", h, calls)
+	}
+}
+
+// A known peer may not open connections without end.
+func TestTooManyLinks(t *testing.T) {
+	n := newLAN(t)
+	n.start(1, nil, echo)
+	a := n.start(2, nil, nil)
+	var made []*link
+	defer func() {
+		for _, l := range made {
+			l.close(net.ErrClosed)
+		}
+	}()
+	for range maxLinksFrom {
+		l, _, err := a.connect(1, laneCall)
+		if err != nil {
+			t.Fatal(err)
+		}
+		made = append(made, l)
+	}
+	until(t, 5*time.Second, "one more is refused", func() bool {
+		l, _, err := a.connect(1, laneCall)
+		if err == nil {
+			made = append(made, l)
+		}
+		return errs.Has(err, errs.Unavailable)
+	})
+	if len(made) > maxLinksFrom+1 {
+		t.Fatalf("%d connections", len(made))
+	}
+	if _, _, err := a.connect(1, laneBulk); err != nil {
+		t.Fatalf("of another kind: %v", err)
 	}
 }
 

@@ -26,6 +26,9 @@ const (
 	// and from one address, so that one machine cannot keep the others out.
 	maxHandshakes     = 256
 	maxHandshakesFrom = 64
+	// maxLinksFrom bounds the connections of one kind that a known peer may have
+	// here. One is right; those of its earlier lives are given up after goneAfter.
+	maxLinksFrom = 8
 )
 
 // gate counts the connections whose peer is not known yet.
@@ -120,6 +123,10 @@ func (e *Endpoint) serve(c net.Conn, conf *tls.Config, known func()) {
 	if err != nil {
 		return
 	}
+	if n := e.linksFrom(p.Node, kind); n >= maxLinksFrom {
+		e.cfg.Log.Warn("connection refused: the peer has too many", "node", p.Node, "lane", alpn[kind], "links", n)
+		return
+	}
 	if err := wire.WriteFrame(conn, frameHello, wire.MustMarshal(hello{Node: e.cfg.Self, Version: version}), nil); err != nil {
 		return
 	}
@@ -139,6 +146,19 @@ func (e *Endpoint) serve(c net.Conn, conf *tls.Config, known func()) {
 	}
 	e.attach(l, session)
 	e.serveStreams(l, session)
+}
+
+// linksFrom counts the connections of a kind that a peer has made here.
+func (e *Endpoint) linksFrom(n ids.Node, kind laneKind) int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	count := 0
+	for l := range e.links {
+		if l.peer == n && l.lane == kind && !l.dialled {
+			count++
+		}
+	}
+	return count
 }
 
 // serverTLS is the listener's side: a certificate is demanded of everybody but

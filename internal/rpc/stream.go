@@ -37,8 +37,10 @@ func (e *Endpoint) yamuxConfig() *yamux.Config {
 		ConnectionWriteTimeout: slowAfter,
 		MaxStreamWindowSize:    streamWindow,
 		StreamOpenTimeout:      time.Minute,
-		StreamCloseTimeout:     5 * time.Second, // from our Close until the other side's is no longer waited for
-		Logger:                 slog.NewLogLogger(e.cfg.Log.Handler(), slog.LevelDebug),
+		// Never: yamux would reset the stream after it, and with that would go what a
+		// slow reader has not read yet. The end of the session ends a dead peer's.
+		StreamCloseTimeout: 0,
+		Logger:             slog.NewLogLogger(e.cfg.Log.Handler(), slog.LevelDebug),
 	}
 }
 
@@ -119,11 +121,10 @@ func (e *Endpoint) dialPeer(ctx context.Context, to ids.Node, service string) (n
 		err = ctx.Err()
 	}
 	if err != nil {
-		ys.Close()
-		free()
+		e.newStream(ys, to, free).Close()
 		return nil, errs.Wrap(err, "open "+service, "")
 	}
-	return newStream(ys, to, free), nil
+	return e.newStream(ys, to, free), nil
 }
 
 // serveStreams accepts a session's streams until it ends.
@@ -143,7 +144,7 @@ func (e *Endpoint) serveStreams(l *link, s *yamux.Session) {
 func (e *Endpoint) serveStream(l *link, ys *yamux.Stream) {
 	busy := l.serving.Add(1) > 2*laneMux.inHand()
 	defer l.serving.Add(-1)
-	c := newStream(ys, l.peer, func() {})
+	c := e.newStream(ys, l.peer, func() {})
 	ys.SetDeadline(time.Now().Add(handshakeLimit))
 	f, err := wire.ReadFrame(ys, joinFrame)
 	var h openHeader
@@ -216,6 +217,7 @@ func (e *Endpoint) dialSelf(service string) (net.Conn, error) {
 // big endian) and so many bytes; length 0 says that no more will come. Reads may
 // run concurrently with writes and Close.
 type stream struct {
+	e      *Endpoint
 	ys     *yamux.Stream
 	peer   ids.Node
 	free   func() // gives back the place at the dialler
@@ -232,13 +234,16 @@ type stream struct {
 	werr error // why nothing more can be written
 }
 
-func newStream(ys *yamux.Stream, peer ids.Node, free func()) *stream {
-	return &stream{ys: ys, peer: peer, free: free}
+func (e *Endpoint) newStream(ys *yamux.Stream, peer ids.Node, free func()) *stream {
+	return &stream{e: e, ys: ys, peer: peer, free: free}
 }
 
 func (s *stream) Read(p []byte) (int, error) {
 	s.rmu.Lock()
 	defer s.rmu.Unlock()
+	if s.closed.Load() {
+		return 0, net.ErrClosed
+	}
 	if len(p) == 0 {
 		return 0, nil
 	}
@@ -258,11 +263,7 @@ func (s *stream) Read(p []byte) (int, error) {
 			continue
 		}
 		if err != nil {
-			err = s.failed(err)
-			if err == io.ErrUnexpectedEOF && s.have == 0 {
-				s.eof, err = true, io.EOF // closed while our window was full
-			}
-			return 0, err
+			return 0, s.failed(err) // not io.EOF: the peer has not said that this is all
 		}
 	}
 	n, err := s.ys.Read(p[:min(len(p), s.left)])
@@ -335,24 +336,54 @@ func (s *stream) CloseWrite() error {
 }
 
 // Close ends both directions without waiting for the peer. What was written
-// before arrives, and the peer then reads io.EOF; after the part of a Write that
-// was under way it reads io.ErrUnexpectedEOF.
+// before arrives, however slowly the peer reads, and the peer then reads io.EOF;
+// after the part of a Write that was under way it reads io.ErrUnexpectedEOF. What
+// the peer still writes is thrown away, until it closes too.
 func (s *stream) Close() error {
 	if s.closed.Swap(true) {
 		return nil
 	}
 	defer s.free()
 	s.ys.SetDeadline(time.Unix(1, 0)) // ends a Read and a Write under way
-	if s.wmu.TryLock() {              // else a Write is under way, and is cut
+	var last []byte
+	if s.wmu.TryLock() { // else a Write is under way, and is cut
 		if s.werr == nil {
-			// Without room in the peer's window this is left out: the end of the yamux
-			// stream then says it, unless the connection breaks too.
-			s.ys.Write(make([]byte, chunkHead))
+			last = make([]byte, chunkHead)
+			n, err := s.ys.Write(last)
+			if last = last[n:]; err != nil && !errors.Is(err, yamux.ErrTimeout) {
+				last = nil
+			}
 			s.werr = net.ErrClosed
 		}
 		s.wmu.Unlock()
 	}
-	return s.ys.Close()
+	if len(last) == 0 {
+		s.ys.Close()
+	}
+	if !s.e.spawn(func() { s.linger(last) }) {
+		s.ys.Close() // the endpoint is ending, and the session with it
+	}
+	return nil
+}
+
+// linger ends a closed stream in good order: last, the rest of the word that no
+// more will come, goes out when there is room for it, and nothing that the peer
+// sends keeps it waiting for room. It returns when the peer has closed too or the
+// connection ends.
+func (s *stream) linger(last []byte) {
+	var wg sync.WaitGroup
+	if len(last) > 0 {
+		s.ys.SetWriteDeadline(time.Time{})
+		wg.Go(func() {
+			s.ys.Write(last)
+			s.ys.Close()
+		})
+	}
+	s.rmu.Lock() // a Read under way ends first
+	s.ys.SetReadDeadline(time.Time{})
+	s.rmu.Unlock()
+	io.Copy(io.Discard, s.ys)
+	wg.Wait()
 }
 
 func (s *stream) LocalAddr() net.Addr                { return s.ys.LocalAddr() }

@@ -9,11 +9,13 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/wire"
 )
 
 type closeWriter interface{ CloseWrite() error }
@@ -148,4 +150,124 @@ func TestStreamPeerStops(t *testing.T) {
 		t.Fatal("read from a dead peer")
 	}
 	c.Close()
+}
+
+// A reader that takes long still gets everything: nothing ends a closed stream
+// that it has not read to its end.
+func TestStreamSlowReader(t *testing.T) {
+	n := newLAN(t)
+	a := n.start(1, nil, nil)
+	const size = 900 << 10
+	n.start(2, nil, func(e *Endpoint) {
+		e.HandleStream("out", func(_ context.Context, _ ids.Node, c net.Conn) { c.Write(make([]byte, size)) })
+	})
+	c, err := a.Dial(within(t, 5*time.Second), 2, "out")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(7 * time.Second) // longer than the five after which a stream used to be reset
+	if k, err := io.Copy(io.Discard, c); k != size-1 || err != nil {
+		t.Fatalf("%d bytes, %v", k, err)
+	}
+}
+
+// Close with the peer's window full: what was written and the end of it arrive
+// when the peer reads.
+func TestStreamCloseWithoutRoom(t *testing.T) {
+	n := newLAN(t)
+	a := n.start(1, nil, nil)
+	begin, got := make(chan struct{}), make(chan error, 1)
+	var arrived atomic.Int64
+	n.start(2, nil, func(e *Endpoint) {
+		e.HandleStream("in", func(_ context.Context, _ ids.Node, c net.Conn) {
+			<-begin
+			k, err := io.Copy(io.Discard, c)
+			arrived.Store(k)
+			got <- err
+		})
+	})
+	open := func() net.Conn {
+		c, err := a.Dial(within(t, 5*time.Second), 2, "in")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	var opening bytes.Buffer
+	if err := wire.WriteFrame(&opening, frameOpen, wire.MustMarshal(openHeader{Service: "in"}), nil); err != nil {
+		t.Fatal(err)
+	}
+	window := streamWindow - opening.Len()
+	// Whole chunks, and one that fills the rest but for two bytes.
+	const whole = streamWindow/(chunkLimit+chunkHead) - 1
+	size := window - 2 - (whole+2)*chunkHead
+	c := open()
+	if _, err := c.Write(make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	begin <- struct{}{}
+	if err := <-got; err != nil || arrived.Load() != int64(size) {
+		t.Fatalf("%d of %d bytes, %v", arrived.Load(), size, err)
+	}
+
+	// A Write that was cut between two chunks is no end.
+	c = open()
+	if _, err := c.Write(make([]byte, size+2)); err != nil {
+		t.Fatal(err)
+	}
+	cut := make(chan error, 1)
+	go func() {
+		_, err := c.Write([]byte("more"))
+		cut <- err
+	}()
+	until(t, 5*time.Second, "the Write is under way", func() bool {
+		s := c.(*stream)
+		free := s.wmu.TryLock()
+		if free {
+			s.wmu.Unlock()
+		}
+		return !free
+	})
+	c.Close()
+	if err := <-cut; err == nil {
+		t.Fatal("a Write ended well that had no room")
+	}
+	begin <- struct{}{}
+	if err := <-got; err != io.ErrUnexpectedEOF {
+		t.Fatalf("after a cut Write: %d bytes, %v", arrived.Load(), err)
+	}
+}
+
+// One that writes to a stream whose reader has closed it is not held up for ever.
+func TestStreamReaderGone(t *testing.T) {
+	n := newLAN(t)
+	a := n.start(1, nil, nil)
+	wrote := make(chan error, 1)
+	n.start(2, nil, func(e *Endpoint) {
+		e.HandleStream("out", func(_ context.Context, _ ids.Node, c net.Conn) {
+			_, err := c.Write(make([]byte, 4*streamWindow))
+			wrote <- err
+		})
+	})
+	c, err := a.Dial(within(t, 5*time.Second), 2, "out")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	select {
+	case <-wrote:
+	case <-time.After(20 * time.Second):
+		t.Fatal("still writing")
+	}
+	if _, err := c.Read(make([]byte, 1)); err != net.ErrClosed {
+		t.Fatalf("read after Close: %v", err)
+	}
 }

@@ -475,7 +475,7 @@ func (c *Client) closeInode(in *inode, writer bool) {
 		err := c.ship(ctx)
 		if c.epoch() == epoch {
 			_, _, aerr := ask[vice.Empty](c, ctx, vice.MethodClosed, func(k vice.Caller) any {
-				return vice.ClosedRequest{Caller: k, Inos: []ids.Inode{in.ino}}
+				return vice.ClosedRequest{Caller: k, Inos: []ids.Inode{in.ino}, Acked: c.acked()}
 			})
 			err = aerr
 		}

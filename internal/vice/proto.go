@@ -205,7 +205,8 @@ type ReleaseRequest struct {
 // leader remembered it had open.
 type ClosedRequest struct {
 	Caller
-	Inos []ids.Inode `cbor:"3,keyasint"`
+	Inos  []ids.Inode `cbor:"3,keyasint"`
+	Acked uint64      `cbor:"4,keyasint,omitempty"` // as in ApplyRequest
 }
 
 // LockRequest takes, changes or releases a lock (or, with Test, asks who is in

@@ -279,11 +279,7 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 	}
 	held := make([]lease.Held, len(q.Relinquish))
 	l.mu.Lock()
-	for ino, b := range l.born {
-		if b.by == q.Session && b.seq < q.Acked || l.sessions[b.by] == nil {
-			delete(l.born, ino)
-		}
-	}
+	l.grown(q.Session, q.Acked)
 	for i, h := range q.Relinquish {
 		held[i] = lease.Held{Ino: h.Ino, Seq: h.Seq}
 		if h.Open {
@@ -533,6 +529,16 @@ func (l *leadership) creating(q *ApplyRequest) (noted func()) {
 	}
 }
 
+// grown forgets births of which the creators have acknowledged the answers, and
+// those of sessions that are over. The caller holds l.mu.
+func (l *leadership) grown(by ids.Session, acked uint64) {
+	for ino, b := range l.born {
+		if b.by == by && b.seq < acked || l.sessions[b.by] == nil {
+			delete(l.born, ino)
+		}
+	}
+}
+
 // created waits until it is noted who opens what q may remove, if that is just
 // being created.
 func (l *leadership) created(ctx context.Context, q *ApplyRequest) error {
@@ -583,6 +589,7 @@ func (s *Server) closed(ctx context.Context, from ids.Node, q *ClosedRequest) (E
 	}
 	var closed []ids.Inode
 	l.mu.Lock()
+	l.grown(q.Session, q.Acked)
 	for _, ino := range q.Inos {
 		l.table.Closed(q.Session, ino)
 		if l.born[ino].by != q.Session { // else its creator will open it yet, and close it

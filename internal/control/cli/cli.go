@@ -13,10 +13,8 @@ import (
 	"fmt"
 	"io"
 	"os/user"
-	"sort"
 	"strconv"
 	"strings"
-	"syscall"
 	"text/tabwriter"
 	"time"
 	"unicode"
@@ -276,7 +274,8 @@ func Wait(ctx context.Context, sock string, errOut io.Writer, job string) int {
 }
 
 // Logs is `unum logs [-f] JOB`: the job's stdout to out and its stderr to errOut;
-// with follow until it ends.
+// with follow until it ends. When ctx ends it returns 125 without a word: the
+// caller knows which signal it was.
 func Logs(ctx context.Context, sock string, out, errOut io.Writer, follow bool, job string) int {
 	id, err := ParseJob(job)
 	if err != nil {
@@ -303,7 +302,7 @@ func Logs(ctx context.Context, sock string, out, errOut io.Writer, follow bool, 
 		}
 		if err != nil {
 			if ctx.Err() != nil {
-				return 128 + int(syscall.SIGINT)
+				return jobapi.CodeFailed
 			}
 			return Fail(errOut, "logs", err)
 		}
@@ -333,16 +332,4 @@ func Why(ctx context.Context, sock string, out, errOut io.Writer, asJSON bool, j
 		return Fail(errOut, "why", err)
 	}
 	return 0
-}
-
-// Signals lists the names `unum kill -l` prints, by number.
-func Signals() []string {
-	var out []string
-	for n := syscall.Signal(1); n < 32; n++ {
-		if s := unix.SignalName(n); s != "" {
-			out = append(out, fmt.Sprintf("%2d %s", int(n), strings.TrimPrefix(s, "SIG")))
-		}
-	}
-	sort.Strings(out)
-	return out
 }

@@ -135,7 +135,7 @@ func TestVerbs(t *testing.T) {
 	check("wait 1", Wait(ctx, path, &errOut, "1"), 4, "", "")
 	check("wait 2", Wait(ctx, path, &errOut, "2"), 143, "", "")
 	check("wait 3", Wait(ctx, path, &errOut, "3"), 125, "", "unum: wait: job 3 is lost: node n2 died\n")
-	check("wait 4", Wait(ctx, path, &errOut, "4"), 137, "", "unum: wait: job 4 was ended by Unum: its home was silent\n")
+	check("wait 4", Wait(ctx, path, &errOut, "4"), 125, "", "unum: wait: job 4 was ended by Unum: its home was silent\n")
 	check("wait x", Wait(ctx, path, &errOut, "x"), 125, "", "unum: wait: job \"x\": want a number, as unum ps shows them\n")
 	check("logs", Logs(ctx, path, &out, &errOut, true, "1"), 0, "out", "err")
 	check("why", Why(ctx, path, &out, &errOut, false, "1"), 0, "because\n", "")

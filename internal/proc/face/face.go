@@ -58,7 +58,7 @@ type session struct {
 	outs    sync.WaitGroup
 
 	mu      sync.Mutex
-	problem string // an output that could not be written, for another reason than a missing reader
+	problem string // input that could not be read, or output not written for another reason than a missing reader
 }
 
 func fail(err error) int {
@@ -166,7 +166,12 @@ func (s *session) flow() {
 	l := s.l
 	if l.in >= 0 {
 		go func() {
-			_, werr := pump(l.in, 0)
+			rerr, werr := pump(l.in, 0)
+			if rerr != nil {
+				s.mu.Lock()
+				s.problem = fmt.Sprintf("cannot read stdin: %v", rerr)
+				s.mu.Unlock()
+			}
 			unix.Close(l.in)
 			if werr != nil {
 				unix.Close(0) // whoever writes to it shall know

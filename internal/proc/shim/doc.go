@@ -8,7 +8,8 @@
 // The program is the shim's child, never process 1 itself, in a session and
 // process group of its own; signals for the job go to that group. It starts with
 // descriptors 0, 1, 2 and no other, an empty signal mask, and every signal at its
-// default except those its caller had it ignore.
+// default except those named as ignored: hangup and interrupt, where the caller had
+// them ignored (the others the command line's own runtime cannot tell).
 //
 // When the program ends the shim ends, and with process 1 the kernel ends the
 // namespace: nothing that a command leaves in the background outlives it. A

@@ -1,0 +1,340 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/proc"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/rpc"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// config is for a node in a directory of its own, at a free port.
+func config(t *testing.T) Config {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "data")
+	return Config{Dir: dir, Mount: filepath.Join(dir, "mnt"), Socket: filepath.Join(dir, "sock"), Addr: l.Addr().String(),
+		Hostname: "host", Exe: exe, Log: slog.New(slog.DiscardHandler)}
+}
+
+// start runs of a node what needs no root: all but the tree and the jobs. The
+// function it returns stops it, and is called at the end of the test at last.
+func start(t *testing.T, cfg Config) (*Node, func()) {
+	t.Helper()
+	n, err := Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.refreshMembers()
+	var undo []func()
+	for _, run := range []func(context.Context) error{n.ep.Run, n.host.Run, n.members.Run, n.jobs.out.Run, n.seek, n.steward} {
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			if err := run(ctx); err != nil {
+				t.Error(err)
+			}
+		}()
+		undo = append(undo, func() { cancel(); <-done })
+	}
+	stop := sync.OnceFunc(func() {
+		for _, f := range slices.Backward(undo) {
+			f()
+		}
+		if err := n.host.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := n.segs.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(stop)
+	return n, stop
+}
+
+func await(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never: %s", what)
+		}
+	}
+}
+
+// settled waits until the node and, as it knows, n members are in the cluster.
+func settled(t *testing.T, n *Node, members int) {
+	t.Helper()
+	await(t, fmt.Sprintf("%v knows %d members", n.id, members), func() bool {
+		ms := n.current()
+		return len(ms) == members && !slices.ContainsFunc(ms, func(m record.Member) bool { return m.State != record.Active })
+	})
+}
+
+func founded(t *testing.T) (*Node, Config) {
+	t.Helper()
+	cfg := config(t)
+	if err := Found(cfg); err != nil {
+		t.Fatal(err)
+	}
+	n, _ := start(t, cfg)
+	settled(t, n, 1)
+	return n, cfg
+}
+
+// age gives the node in cfg.Dir a certificate that was signed then.
+func age(t *testing.T, cfg Config, ca *identity.CA, id ids.Node, then time.Time) {
+	t.Helper()
+	csr, err := identity.Load(cfg.path(fileCSR))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := ca.Sign(csr, id, identity.RoleStore, then)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := identity.Save(cfg.path(fileCert), cert); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A certificate that ends soon is exchanged by the running node; one that has
+// ended while the node was off is, too.
+func TestCertificateIsRenewed(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	const day = 24 * time.Hour
+	fresh := func(n *Node) func() bool {
+		return func() bool { return time.Until(n.holder.NotAfter()) > identity.NodeValidity-day }
+	}
+	cfg1 := config(t)
+	if err := Found(cfg1); err != nil {
+		t.Fatal(err)
+	}
+	var pems [2][]byte
+	for i, f := range []string{fileCA, fileCAKey} {
+		b, err := identity.Load(cfg1.path(f))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pems[i] = b
+	}
+	ca, err := identity.ParseCA(pems[0], pems[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	age(t, cfg1, ca, 1, time.Now().Add(day-identity.NodeValidity))
+	n1, stop1 := start(t, cfg1)
+	settled(t, n1, 1)
+	await(t, "a certificate with a day left is renewed", fresh(n1))
+	stop1()
+	n1, _ = start(t, cfg1) // as it is on the disk
+	if !fresh(n1)() {
+		t.Fatalf("the disk has one that ends at %v", n1.holder.NotAfter())
+	}
+
+	tok, err := n1.token(ctx, &TokenRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg2 := config(t)
+	if err := Join(ctx, cfg2, cfg1.Addr, tok.Token); err != nil {
+		t.Fatal(err)
+	}
+	n2, stop2 := start(t, cfg2)
+	settled(t, n2, 2)
+	stop2()
+	age(t, cfg2, ca, 2, time.Now().Add(-day-identity.NodeValidity))
+	n2, _ = start(t, cfg2)
+	await(t, "a certificate that has ended is renewed", fresh(n2))
+	await(t, "others accept it", func() bool {
+		_, err := n2.ep.Call(ctx, 1, methodSelf, struct{}{}, nil, nil)
+		return err == nil
+	})
+
+	// What a node is given by another: its own name only, for its own key only.
+	csr, err := identity.Load(cfg2.path(fileCSR))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := identity.Load(cfg2.path(fileKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r renewReply
+	if _, err := n2.ep.Call(ctx, 1, methodRenew, renewRequest{csr}, nil, &r); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := identity.NewHolder(ca.Trust(), r.Cert, key); err != nil || h.Node() != 2 {
+		t.Fatal(h, err)
+	}
+	_, strange, err := identity.NewRequest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n2.ep.Call(ctx, 1, methodRenew, renewRequest{strange}, nil, &r); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("another key: %v", err)
+	}
+}
+
+// Who has no token gets nothing into the record's log.
+func TestStrangersWriteNothing(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n, cfg := founded(t)
+	ask := func(secret byte) error {
+		_, csr, err := identity.NewRequest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		q := joinRequest{Secret: [16]byte{secret}, CSR: csr, Hostname: "x", Addr: "127.0.0.1:1"}
+		_, _, err = rpc.Join(ctx, cfg.Addr, n.holder.Trust().Fingerprint(), wire.MustMarshal(q))
+		return err
+	}
+	before := n.rec.Status().Applied
+	for i := range 20 {
+		if err := ask(byte(i)); !errs.Has(err, errs.Unauthorized) {
+			t.Fatal(err)
+		}
+	}
+	if after := n.rec.Status().Applied; after != before {
+		t.Errorf("strangers wrote %d entries", after-before)
+	}
+	// The same with a token gets in; the reply can be had again.
+	tok, err := n.token(ctx, &TokenRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg2 := config(t)
+	for range 2 {
+		if err := Join(ctx, cfg2, cfg.Addr, tok.Token); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(cfg2.path(fileNode)); err != nil { // as though it had been cut off before
+			t.Fatal(err)
+		}
+	}
+	if ms := n.current(); len(ms) != 2 {
+		t.Errorf("members: %+v", ms)
+	}
+}
+
+// A node is not made over another of which only node.json cannot be read.
+func TestNoNodeOverBlocks(t *testing.T) {
+	cfg := config(t)
+	if err := Found(cfg); err != nil {
+		t.Fatal(err)
+	}
+	n, stop := start(t, cfg)
+	settled(t, n, 1)
+	stop()
+	kept := filepath.Join(cfg.Dir, "groups", "kept")
+	if err := os.WriteFile(kept, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(cfg.path(fileNode), cfg.path("away")); err != nil {
+		t.Fatal(err)
+	}
+	tok, err := identity.NewToken([32]byte{1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, err := range map[string]error{"found": Found(cfg), "join": Join(context.Background(), cfg, "127.0.0.1:1", tok.String())} {
+		if !errs.Has(err, errs.Corrupt) || !strings.Contains(err.Error(), "try: ") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	for _, f := range []string{kept, cfg.path("blocks", "lock")} {
+		if _, err := os.Stat(f); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := os.Rename(cfg.path("away"), cfg.path(fileNode)); err != nil {
+		t.Fatal(err)
+	}
+	n, _ = start(t, cfg)
+	settled(t, n, 1)
+
+	// What cannot be looked at is not nothing.
+	loop := filepath.Join(t.TempDir(), "loop")
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Dir = loop
+	if is, err := Exists(loop); is || !errs.Has(err, errs.Loop) {
+		t.Errorf("%v %v", is, err)
+	}
+	if err := Found(cfg); !errs.Has(err, errs.Loop) {
+		t.Error(err)
+	}
+}
+
+// What a job says of itself may be longer than the record keeps: the record
+// hears of its end all the same, and so of the others'.
+func TestLongJobsAreTold(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n, _ := founded(t)
+	long := strings.Repeat("\u00fc", 200)
+	var rs []proc.JobRecord
+	for range 40 { // more than fit one command as they are
+		id, err := n.jobs.NewID(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rs = append(rs, proc.JobRecord{Job: id, Incarnation: 1, Home: 1, Node: 1, State: proc.Exited, Code: 3, Start: 1, End: 2,
+			Argv: [][]byte{[]byte("echo"), bytes.Repeat([]byte("x"), 120<<10), []byte("y")}, Cwd: bytes.Repeat([]byte("/d"), record.MaxPath),
+			Name: long, Text: long, Receipt: make([]byte, record.MaxReceipt+1)})
+	}
+	for i := range rs {
+		n.jobs.Put(rs[i])
+	}
+	for i := range rs {
+		var j record.Job
+		await(t, "the record has heard of all jobs", func() (ok bool) {
+			var err error
+			j, err = n.record.view().Job(rs[i].Job)
+			return err == nil
+		})
+		size := 0
+		for _, a := range j.Argv {
+			size += len(a) + 1
+		}
+		if j.State != record.JobExited || j.ExitCode != 3 || len(j.Argv) != 2 || string(j.Argv[0]) != "echo" || size != argvTold ||
+			!strings.HasPrefix(long, j.Text) || len(j.Text) != record.MaxText-1 || j.Name != j.Text || len(j.Cwd) != record.MaxPath {
+			t.Fatalf("job %d: %v, argv %d words, %d bytes; text %d, name %d, directory %d", j.ID, j.State, len(j.Argv), size, len(j.Text), len(j.Name), len(j.Cwd))
+		}
+	}
+}
+
+func TestNeverFourVoters(t *testing.T) {
+	ready := []ids.Node{7, 8, 9}
+	for _, c := range []struct{ voters, ready, want int }{{1, 3, 2}, {3, 1, 0}, {3, 2, 2}, {2, 3, 3}, {4, 0, 0}, {4, 1, 1}, {1, 1, 1}} {
+		if got := len(notFour(c.voters, ready[:c.ready])); got != c.want {
+			t.Errorf("%d voters and %d ready: %d, want %d", c.voters, c.ready, got, c.want)
+		}
+	}
+}
