@@ -19,7 +19,7 @@ deps:
 	@scripts/deps
 
 test: deps build
-	$(GO) test -count=1 -timeout 20m -parallel 2 ./...
+	$(GO) test -count=1 -timeout 20m -parallel 2 ./test ./...
 
 clean:
 	rm -rf bin cmd/unum/core/unum-core cmd/unum/core/unum-core.id

@@ -69,8 +69,8 @@ func TestSurroundings(t *testing.T) {
 	show := `printf '%s\0' "$@" "$ODD"; pwd; umask; ulimit -n; ulimit -Hn; ulimit -c; nice; id -u; id -g; id -G; grep -E 'Sig(Blk|Ign)' /proc/self/status`
 	args := []string{"sh", "-c", show, "sh", "", "a b", "$HOME", "*", "-n", "new\nline", string(all)}
 	wrap := func(run ...string) *exec.Cmd {
-		// A caller with settings of its own.
-		c := exec.Command("/bin/sh", append([]string{"-c", `umask 027; ulimit -c 0; ulimit -Sn 777; exec nice -n 3 setpriv --reuid 1234 --regid 2345 --groups 2345,3456 "$@"`, "sh"}, append(run, args...)...)...)
+		// A caller with settings of its own, whatever this test was started with.
+		c := exec.Command("/bin/sh", append([]string{"-c", `umask 027; ulimit -c 0; ulimit -Sn 777; exec env --default-signal nice -n 3 setpriv --reuid 1234 --regid 2345 --groups 2345,3456 "$@"`, "sh"}, append(run, args...)...)...)
 		c.Env = append(os.Environ(), "ODD="+string(all), "UNUM_SOCKET="+r.sock)
 		c.Dir = dir
 		return c
