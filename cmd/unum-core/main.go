@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -27,8 +29,9 @@ func main() {
 	lab.InitMain()
 	ctx := untilSignal()
 	root := &cobra.Command{
-		Use:   "unum",
-		Short: "Out of many machines, one computer",
+		Use:     "unum",
+		Short:   "Out of many machines, one computer",
+		Version: version(),
 		Long: `Unum turns a set of Linux machines into one computer: one file tree, /unum, and
 one process table.`,
 		Example: `  unum up                          # a cluster of one
@@ -46,6 +49,22 @@ one process table.`,
 		&cobra.Command{Use: "sh [-c STRING]", Short: "A shell whose commands run on the cluster, for make SHELL= and xargs", DisableFlagParsing: true, RunE: lightOnly},
 	)
 	os.Exit(code(ctx, root.ExecuteContext(ctx)))
+}
+
+// version is what the build knows of the source: the commit, and whether it was
+// changed since.
+func version() string {
+	bi, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := bi.Main.Version
+	for _, s := range bi.Settings {
+		if s.Key == "vcs.revision" && !strings.Contains(v, s.Value[:min(12, len(s.Value))]) {
+			v += " " + s.Value
+		}
+	}
+	return v
 }
 
 // signalled is the cause of a context that a signal ended.

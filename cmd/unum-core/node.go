@@ -413,7 +413,7 @@ func doctorCommand() *cobra.Command {
 			err = cli.Call(ctx, control.Path(), node.VerbHealthy, nil, nil)
 			detail := "answers and is healthy"
 			if err != nil {
-				detail = err.Error()
+				detail, _, _ = strings.Cut(err.Error(), "\n") // the remedy is given below
 			}
 			add("daemon", err == nil, detail, "unum up")
 			bad := false

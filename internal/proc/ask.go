@@ -285,7 +285,10 @@ func (h *Home) serveWhy(ctx context.Context, c *control.Conn, req []byte) error 
 		return err
 	}
 	if len(rec.Receipt) == 0 {
-		return c.Send(wire.MustMarshal(WhyResp{fmt.Sprintf("job %d runs on %s because its user named that node.\n", r.Job, h.nodeName(rec.Node))}))
+		if r.JSON {
+			return c.Send(wire.MustMarshal(WhyResp{fmt.Sprintf("{\"job\": %d, \"chosen\": %q, \"reason\": \"named by its user\"}\n", r.Job, rec.Node)}))
+		}
+		return c.Send(wire.MustMarshal(WhyResp{fmt.Sprintf("job %d was placed on %s because its user named that node.\n", r.Job, h.nodeName(rec.Node))}))
 	}
 	text, err := h.cfg.Explain(rec.Receipt, r.JSON)
 	if err != nil {

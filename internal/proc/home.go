@@ -59,7 +59,7 @@ func NewHome(cfg HomeConfig) *Home { return &Home{cfg} }
 // nodeName is how a node appears in sentences.
 func (h *Home) nodeName(n ids.Node) string {
 	if h.cfg.Host != nil {
-		if s := h.cfg.Host(n); s != "" {
+		if s := h.cfg.Host(n); s != "" && s != n.String() {
 			return fmt.Sprintf("%v (%s)", n, s)
 		}
 	}
@@ -198,7 +198,7 @@ func (r *run) on(ctx context.Context, node ids.Node, t *talk) (jobapi.Event, err
 }
 
 func (r *run) lost(node ids.Node) jobapi.Event {
-	text := fmt.Sprintf("node %s went silent: the command's fate is unknown there, it is killed within %d s", r.h.nodeName(node), int(leaseTerm.Seconds()))
+	text := fmt.Sprintf("node %s went silent: whether the command ended there is unknown; if it still runs, it is killed within %d s", r.h.nodeName(node), int(leaseTerm.Seconds()))
 	if r.ask.Detach {
 		text = fmt.Sprintf("node %s went silent: it is unknown whether the command was started; see unum ps", r.h.nodeName(node))
 	} else {

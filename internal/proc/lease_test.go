@@ -46,7 +46,7 @@ func TestCut(t *testing.T) {
 	if told > 5*time.Second || c.ProcessState.ExitCode() != 125 {
 		t.Errorf("told after %v: %v", told, c.ProcessState)
 	}
-	if !strings.Contains(stderr.String(), "node n2 (host2) went silent: the command's fate is unknown there, it is killed within 3 s") {
+	if !strings.Contains(stderr.String(), "node n2 (host2) went silent: whether the command ended there is unknown; if it still runs, it is killed within 3 s") {
 		t.Errorf("stderr %q", stderr.String())
 	}
 	select {

@@ -19,7 +19,7 @@ Flags:
       --on NODE        run on this node (n2, or its host name)
       --not-on NODE    not on this one; may be repeated, or a list with commas
   -d, --detach         print the job's number and return; see unum logs, wait, kill
-      --name NAME      a name to find the job by in unum ps
+      --name NAME      a name shown in unum ps --json
       --timeout TIME   end the command after this time, as in 90s or 2h (code 124)
   -e, --env KEY=VALUE  set a variable of its environment; may be repeated
       --tty, --no-tty  give the command a terminal, or none, whatever the caller has
