@@ -290,10 +290,17 @@ func TestLinearizable(t *testing.T) {
 		at := h.runs[run].killed
 		t.Logf("%5.1f s: %s, the leader, was killed; the others got no answer for %.1f s", float64(at-from)/1e9, h.runs[run].mount, h.pause(at, run).Seconds())
 	}
+	failed := 0
 	for what, when := range h.failures(from) {
-		t.Errorf("%d times %s, at %v s", len(when), what, when[:min(5, len(when))])
+		t.Logf("%d times %s, at %v s", len(when), what, when[:min(5, len(when))])
+		failed += len(when)
 	}
 	all, overlapping := h.judge(t)
+	// A node that is too slow for its session loses it, and says so by errors
+	// (docs/coherence.md): rarely.
+	if failed*1000 > all {
+		t.Errorf("%d of %d operations failed where nothing had", failed, all)
+	}
 	if want := int(10_000 * length / linLength); all < want {
 		t.Errorf("%d operations, at least %d are wanted", all, want)
 	}
@@ -309,9 +316,7 @@ func TestLinearizable(t *testing.T) {
 // see of one directory, and refuses what they see through two mounts of it whose
 // caches nobody empties.
 func TestLinearCheckSeesIncoherence(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to mount")
-	}
+	needRoot(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
