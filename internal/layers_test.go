@@ -1,3 +1,4 @@
+// Package internal holds the parts; its test holds them to their layers.
 package internal
 
 import (

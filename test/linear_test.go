@@ -290,17 +290,10 @@ func TestLinearizable(t *testing.T) {
 		at := h.runs[run].killed
 		t.Logf("%5.1f s: %s, the leader, was killed; the others got no answer for %.1f s", float64(at-from)/1e9, h.runs[run].mount, h.pause(at, run).Seconds())
 	}
-	failed := 0
 	for what, when := range h.failures(from) {
-		t.Logf("%d times %s, at %v s", len(when), what, when[:min(5, len(when))])
-		failed += len(when)
+		t.Errorf("%d times %s, at %v s", len(when), what, when[:min(5, len(when))])
 	}
 	all, overlapping := h.judge(t)
-	// A node that is too slow for its session loses it, and says so by errors
-	// (docs/coherence.md): rarely.
-	if failed*1000 > all {
-		t.Errorf("%d of %d operations failed where nothing had", failed, all)
-	}
 	if want := int(10_000 * length / linLength); all < want {
 		t.Errorf("%d operations, at least %d are wanted", all, want)
 	}

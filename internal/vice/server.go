@@ -18,8 +18,9 @@ import (
 const (
 	// recallPatience is how long a recall may go unanswered before its session is
 	// no longer renewed. A healthy client answers in milliseconds; one that has to
-	// ship 64 MiB first needs some hundred.
-	recallPatience = 1500 * time.Millisecond
+	// ship 64 MiB first to disks that others keep busy needs seconds, and must not
+	// lose what it ships. With Term it stays below maxWait.
+	recallPatience = 5 * time.Second
 	// expiryMargin is added to Term before a new leader ends a silent session.
 	expiryMargin = 250 * time.Millisecond
 	// maxWait bounds how long a request may wait for leases: longer than it takes
