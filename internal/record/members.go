@@ -11,15 +11,15 @@ func (t *txn) init(c *Init) (ids.Node, Refusal) {
 		return 0, no(errs.Exists, "the cluster is founded already")
 	case len(c.Name) > MaxText || c.Name == "":
 		return 0, no(errs.Invalid, "cluster name of %d bytes, want 1 to %d", len(c.Name), MaxText)
-	case len(c.CACert) > MaxPEM || len(c.CAKey) > MaxPEM:
-		return 0, no(errs.TooLarge, "certificate of %d bytes, key of %d, limit %d", len(c.CACert), len(c.CAKey), MaxPEM)
+	case len(c.CACert) > MaxPEM:
+		return 0, no(errs.TooLarge, "certificate of %d bytes, limit %d", len(c.CACert), MaxPEM)
 	}
 	if r := checkMember(c.Hostname, c.Addr, c.Labels); r.refused() {
 		return 0, r
 	}
 	t.save(t.key(tagInfo), Info{
 		ClusterID: c.ClusterID, Name: c.Name, Created: c.Now,
-		CACert: c.CACert, CAKey: c.CAKey, VolumeKey: c.VolumeKey,
+		CACert: c.CACert, VolumeKey: c.VolumeKey,
 	})
 	t.count.NextNode, t.count.NextJob = 1, 1
 	return t.join(Member{
@@ -53,7 +53,7 @@ func (t *txn) join(m Member) ids.Node {
 }
 
 func (t *txn) addToken(k Token) Refusal {
-	if k.Uses == 0 || k.Role != RoleStore && k.Role != RoleClient {
+	if k.Uses == 0 || k.Role < RoleStore || k.Role > RoleWitness {
 		return no(errs.Invalid, "token for %d uses and role %d", k.Uses, k.Role)
 	}
 	key := t.tokenKey(k.ID)
@@ -108,7 +108,7 @@ func (t *txn) addMember(c *AddMember) (ids.Node, Refusal) {
 		return 0, no(errs.Unauthorized, "the token has expired")
 	case k.Uses == 0:
 		return 0, no(errs.Unauthorized, "the token is used up")
-	case c.Role > RoleClient || c.Role == RoleStore && k.Role != RoleStore:
+	case c.Role > RoleWitness || c.Role != 0 && c.Role != k.Role && k.Role != RoleStore:
 		return 0, no(errs.Unauthorized, "the token is for role %s, not %s", k.Role, c.Role)
 	}
 	role := c.Role
@@ -131,12 +131,15 @@ func (t *txn) updateMember(c *UpdateMember) Refusal {
 	switch {
 	case m == nil:
 		return no(errs.NotFound, "no member %s", c.Node)
-	case c.Role > RoleClient || c.State > Removed:
-		return no(errs.Invalid, "role %d, state %d", c.Role, c.State)
-	case m.State > Active && (c.State != m.State || c.Hostname != "" || c.Addr != "" || c.Role != 0 || c.Labels != nil):
+	case c.State > Removed:
+		return no(errs.Invalid, "state %d", c.State)
+	case !m.State.Belongs() && (c.State != m.State || c.Hostname != "" || c.Addr != "" || c.Labels != nil):
 		return no(errs.Stale, "%s has %s", c.Node, map[State]string{Left: "left", Removed: "been removed"}[m.State])
+	case c.State == Active && m.State == Leaving: // it stays after all
 	case c.State != 0 && c.State < m.State:
 		return no(errs.Invalid, "%s is %s, it cannot become %s again", c.Node, m.State, c.State)
+	case c.State > Active && m.Role == RoleStore && !t.othersStore(m.ID):
+		return no(errs.Invalid, "%s is the last storing node", c.Node)
 	}
 	was := *m
 	if c.Hostname != "" {
@@ -145,18 +148,25 @@ func (t *txn) updateMember(c *UpdateMember) Refusal {
 	if c.Addr != "" {
 		m.Addr = c.Addr
 	}
-	if c.Role != 0 {
-		m.Role = c.Role
-	}
 	if c.State != 0 {
 		m.State = c.State
 	}
 	if c.Labels != nil {
 		m.Labels = c.Labels
-	} else if was.Hostname == m.Hostname && was.Addr == m.Addr && was.Role == m.Role && was.State == m.State {
+	} else if was.Hostname == m.Hostname && was.Addr == m.Addr && was.State == m.State {
 		return done // nothing new: readers need not look again
 	}
 	t.count.Revision++
 	t.save(t.key(tagMember, uint64(m.ID)), *m)
 	return done
+}
+
+// othersStore reports whether a member other than id stores and stays.
+func (t *txn) othersStore(id ids.Node) bool {
+	for _, m := range t.members() {
+		if m.ID != id && m.Role == RoleStore && (m.State == Joining || m.State == Active) {
+			return true
+		}
+	}
+	return false
 }

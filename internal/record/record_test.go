@@ -62,7 +62,7 @@ func newReplica(t fataler) *replica { return &replica{t: t, db: openDB(t)} }
 
 func founded(t fataler) *replica {
 	r := newReplica(t)
-	r.must(Command{Init: &Init{ClusterID: [16]byte{1}, Name: "home", CACert: []byte("cert"), CAKey: []byte("key"),
+	r.must(Command{Init: &Init{ClusterID: [16]byte{1}, Name: "home", CACert: []byte("cert"),
 		VolumeKey: [32]byte{2}, Hostname: "alpha", Addr: "alpha:7400", Key: KeyHash{1}, Now: 100}})
 	return r
 }
@@ -186,7 +186,7 @@ func TestFounding(t *testing.T) {
 	if err != nil || m.Hostname != "alpha" || m.State != Active || m.Role != RoleStore || m.Joined != 1 || m.JoinedAt != 100 {
 		t.Fatalf("%+v %v", m, err)
 	}
-	if i := r.info(); string(i.CAKey) != "key" || i.NextNode != 2 || i.NextJob != 1 || i.Revision != 1 {
+	if i := r.info(); string(i.CACert) != "cert" || i.NextNode != 2 || i.NextJob != 1 || i.Revision != 1 {
 		t.Fatalf("%+v", i)
 	}
 }
@@ -246,6 +246,18 @@ func TestJoining(t *testing.T) {
 	if n := r.must(join(7, 12, 1)).Node; n != 4 {
 		t.Fatalf("node %d", n)
 	}
+	// n4 stores and may leave, and stay after all; whoever is then the last may not.
+	r.must(up(UpdateMember{Node: 2, State: Removed}))
+	r.must(up(UpdateMember{Node: 4, State: Active}))
+	r.must(up(UpdateMember{Node: 4, State: Leaving}))
+	r.refuse(up(UpdateMember{Node: 1, State: Leaving}), errs.Invalid, "last storing node")
+	r.refuse(up(UpdateMember{Node: 1, State: Removed}), errs.Invalid, "last storing node")
+	r.must(up(UpdateMember{Node: 4, State: Active}))
+	r.must(up(UpdateMember{Node: 1, State: Leaving}))
+	r.refuse(up(UpdateMember{Node: 1, State: Joining}), errs.Invalid, "again")
+	r.must(up(UpdateMember{Node: 1, State: Left}))
+	r.refuse(up(UpdateMember{Node: 1, State: Active}), errs.Stale, "left")
+	r.refuse(up(UpdateMember{Node: 4, State: Left}), errs.Invalid, "last storing node")
 	r.must(Command{DropToken: &TokenID{7}})
 	r.refuse(Command{DropToken: &TokenID{7}}, errs.NotFound, "no such token")
 	if all, err := r.view().Members(); err != nil || len(all) != 4 {

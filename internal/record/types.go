@@ -14,7 +14,7 @@ const (
 	MaxText       = 255       // bytes of a host name, an address, a label
 	MaxLabels     = 64        // labels of a member
 	MaxTokens     = 1024      // tokens at a time; a used-up one goes first, then the one that ends soonest
-	MaxPEM        = 64 << 10  // bytes of a certificate or key
+	MaxPEM        = 64 << 10  // bytes of a certificate
 	MaxArgv       = 128 << 10 // bytes of a job's argv in the record
 	MaxPath       = 4096      // bytes of a working directory
 	MaxReceipt    = 64 << 10  // bytes of a receipt
@@ -29,8 +29,9 @@ type Role uint8
 
 // The roles.
 const (
-	RoleStore  Role = 1 // holds metadata replicas and blocks
-	RoleClient Role = 2 // caches and runs jobs only
+	RoleStore   Role = 1 // holds metadata replicas and blocks
+	RoleClient  Role = 2 // uses the cluster, is trusted with nothing of others
+	RoleWitness Role = 3 // votes and keeps logs, so that two storing nodes survive either's death
 )
 
 // State says where a member is in its life. It only grows.
@@ -40,17 +41,22 @@ type State uint8
 const (
 	Joining State = 1 // has its id, is not ready yet
 	Active  State = 2 // a member
-	Left    State = 3 // went in good order
-	Removed State = 4 // was put out
+	Leaving State = 3 // its seats and blocks are being taken over; it still serves
+	Left    State = 4 // went in good order
+	Removed State = 5 // was put out
 )
 
 // String returns the state's word.
 func (s State) String() string {
-	return word(int(s), "", "joining", "member", "left", "removed")
+	return word(int(s), "", "joining", "member", "leaving", "left", "removed")
 }
 
+// Belongs reports whether a machine in this state belongs to the cluster: others
+// talk to it.
+func (s State) Belongs() bool { return s >= Joining && s <= Leaving }
+
 // String returns the role's word.
-func (r Role) String() string { return word(int(r), "", "store", "client") }
+func (r Role) String() string { return word(int(r), "", "store", "client", "witness") }
 
 func word(i int, words ...string) string {
 	if i > 0 && i < len(words) {
@@ -65,12 +71,12 @@ type TokenID [32]byte
 // KeyHash is the SHA-256 of a node's public key, the 32 bytes of Ed25519.
 type KeyHash [32]byte
 
-// Info is the cluster's identity. CAKey and VolumeKey are secrets.
+// Info is the cluster's identity. VolumeKey is a secret of the storing nodes. The
+// authority's private key is not in the record: the voters keep it in files.
 type Info struct {
 	ClusterID [16]byte `cbor:"1,keyasint"`
 	Name      string   `cbor:"2,keyasint"`
 	CACert    []byte   `cbor:"3,keyasint"` // PEM
-	CAKey     []byte   `cbor:"4,keyasint"` // PEM
 	VolumeKey [32]byte `cbor:"5,keyasint"` // of the root volume: names its blocks
 	Created   int64    `cbor:"6,keyasint"` // cluster time, ns
 
@@ -177,7 +183,6 @@ type Init struct {
 	ClusterID [16]byte          `cbor:"1,keyasint"`
 	Name      string            `cbor:"2,keyasint"`
 	CACert    []byte            `cbor:"3,keyasint"`
-	CAKey     []byte            `cbor:"4,keyasint"`
 	VolumeKey [32]byte          `cbor:"5,keyasint"`
 	Hostname  string            `cbor:"6,keyasint"`
 	Addr      string            `cbor:"7,keyasint"`
@@ -198,12 +203,13 @@ type AddMember struct {
 	Now      int64             `cbor:"7,keyasint"` // cluster time, ns
 }
 
-// UpdateMember changes what is not zero. Labels, when given, replace all.
+// UpdateMember changes what is not zero. Labels, when given, replace all. A
+// state only grows, but for a leaving member that stays after all; the last
+// storing node can neither leave nor be removed.
 type UpdateMember struct {
 	Node     ids.Node          `cbor:"1,keyasint"`
 	Hostname string            `cbor:"2,keyasint,omitempty"`
 	Addr     string            `cbor:"3,keyasint,omitempty"`
-	Role     Role              `cbor:"4,keyasint,omitempty"`
 	State    State             `cbor:"5,keyasint,omitempty"`
 	Labels   map[string]string `cbor:"6,keyasint,omitempty"`
 }
