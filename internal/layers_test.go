@@ -11,7 +11,7 @@ import (
 // of one line may import each other.
 var layers = [][]string{
 	{"ids", "errs", "wire", "clock"},
-	{"lease", "sched"},
+	{"lease", "sched", "quorum"},
 	{"identity"},
 	{"rpc"},
 	{"member"},
@@ -71,7 +71,7 @@ func TestLayers(t *testing.T) {
 					t.Errorf("%s imports %s, which is above it", name, dep)
 				}
 			}
-			if top == "lease" || top == "sched" {
+			if top == "lease" || top == "sched" || top == "quorum" {
 				switch imp {
 				case "net", "os", "math/rand", "math/rand/v2", "sync":
 					t.Errorf("%s holds rules only and must not import %s", name, imp)
