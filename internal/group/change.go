@@ -143,13 +143,27 @@ func (g *Group) AddLearner(ctx context.Context, n ids.Node) error {
 	})
 }
 
+// caughtUp reports whether a replica lacks so little that it may be promoted. On
+// the worker.
+func (g *Group) caughtUp(p raftProgress) bool {
+	return p.RecentActive && p.State == tracker.StateReplicate && p.Match+caughtUp >= g.log.last
+}
+
 // Promote makes learners voters, all at once. Errors: Invalid if one is no
 // learner, Busy if one has not caught up; else as AddLearner.
 func (g *Group) Promote(ctx context.Context, list ...ids.Node) error {
-	op := fmt.Sprint("promote ", list)
+	return g.Reseat(ctx, list, nil, nil)
+}
+
+// Reseat changes who votes, all at once (joint consensus): learners become
+// voters, voters become learners, and voters or learners lose their replicas.
+// Errors: Invalid if one to be promoted is no learner, or nobody would be left to
+// vote, Busy if one has not caught up; else as AddLearner.
+func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error {
+	op := fmt.Sprint("promote ", add, ", demote ", demote, ", remove ", drop)
 	return g.reconfigure(ctx, op, func(c conf) (*pb.ConfChangeV2, error) {
 		var todo []ids.Node
-		for _, n := range list {
+		for _, n := range add {
 			if c.voter(n) {
 				continue
 			}
@@ -162,15 +176,34 @@ func (g *Group) Promote(ctx context.Context, list ...ids.Node) error {
 					pr = p
 				}
 			})
-			if !pr.RecentActive || pr.State != tracker.StateReplicate || pr.Match+caughtUp < g.log.last {
+			if !g.caughtUp(pr) {
 				return nil, errs.E(errs.Busy, "", n.String(), "it has %d of %d entries of group %d", pr.Match, g.log.last, g.id)
 			}
 			todo = append(todo, n)
 		}
-		if len(todo) == 0 {
-			return nil, nil
+		cc := change(pb.ConfChangeAddNode, todo...)
+		left := len(c.voters()) + len(todo)
+		for _, n := range demote {
+			if c.voter(n) {
+				cc.Changes = append(cc.Changes, change(pb.ConfChangeAddLearnerNode, n).Changes...)
+				left--
+			}
 		}
-		return change(pb.ConfChangeAddNode, todo...), nil
+		for _, n := range drop {
+			if c.voter(n) || c.learner(n) {
+				cc.Changes = append(cc.Changes, change(pb.ConfChangeRemoveNode, n).Changes...)
+			}
+			if c.voter(n) {
+				left--
+			}
+		}
+		switch {
+		case len(cc.Changes) == 0:
+			return nil, nil
+		case left <= 0:
+			return nil, errs.E(errs.Invalid, "", fmt.Sprint("group ", g.id), "nobody would be left to vote")
+		}
+		return cc, nil
 	})
 }
 

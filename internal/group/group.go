@@ -34,6 +34,7 @@ type Progress struct {
 	State       string // probe, replicate or snapshot
 	Active      bool   // heard from lately
 	Learner     bool
+	CaughtUp    bool // lacks so little that it may be promoted
 }
 
 // Status is a replica's view of its group.
@@ -418,6 +419,7 @@ func (g *Group) showProgress() {
 	g.rn.WithProgress(func(id uint64, t raft.ProgressType, p raftProgress) {
 		g.st.Progress[ids.Node(id)] = Progress{
 			Match: p.Match, Next: p.Next, State: stateWord(p), Active: p.RecentActive, Learner: t == raft.ProgressTypeLearner,
+			CaughtUp: g.caughtUp(p),
 		}
 	})
 }

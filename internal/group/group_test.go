@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -286,6 +287,40 @@ func TestGrow(t *testing.T) {
 	if st := others[0].h.Group(tg).Status(); len(st.Voters) != 2 {
 		t.Fatalf("%+v", st)
 	}
+	// A fourth takes the seat of the one that does not lead, which stays a learner.
+	fourth := start(t, n, 4, vfs.NewCrashableMem(), func(h *Host) {
+		if err := h.Join(tg); err != nil {
+			t.Fatal(err)
+		}
+		open(t, h)
+	})
+	lead := leader(t, others)
+	g, demoted := lead.h.Group(tg), 5-lead.id
+	if err := g.AddLearner(ctx, 4); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fourth.h.Group(tg).ReadIndex(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		err := g.Reseat(ctx, []ids.Node{4}, []ids.Node{demoted}, nil)
+		if err == nil {
+			break
+		}
+		if !errs.Has(err, errs.Busy) {
+			t.Fatal(err)
+		}
+	}
+	if st := g.Status(); !slices.Equal(st.Voters, []ids.Node{lead.id, 4}) || !slices.Equal(st.Learners, []ids.Node{demoted}) {
+		t.Fatalf("%+v", st)
+	}
+	if err := g.Reseat(ctx, nil, []ids.Node{4}, []ids.Node{lead.id}); !errs.Has(err, errs.Invalid) {
+		t.Fatalf("all seats taken away: %v", err)
+	}
+	if _, ok, err := propose(ctx, []*node{lead}, "with the fourth"); err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	same(t, append(others, fourth))
 }
 
 // A follower that was away while the log was truncated comes back through a
