@@ -20,14 +20,17 @@ type Role string
 
 // The roles a certificate can carry.
 const (
-	RoleStore  Role = "store"  // keeps blocks, may vote
-	RoleClient Role = "client" // uses the cluster, keeps nothing for others
+	RoleStore   Role = "store"   // keeps blocks, may vote
+	RoleClient  Role = "client"  // uses the cluster, keeps nothing for others
+	RoleWitness Role = "witness" // votes and keeps logs
 )
 
 const (
-	// NodeValidity is how long a node certificate holds: long enough for a
-	// notebook that spends its owner's holidays in a drawer.
-	NodeValidity = 30 * 24 * time.Hour
+	// NodeValidity is how long a node certificate holds. A node that was put out is
+	// refused by the record at once; the end of its certificate is for those who
+	// have not heard of it. A shorter time would make clocks that are days apart a
+	// failure of their own. A node that was off for longer renews with its key.
+	NodeValidity = 7 * 24 * time.Hour
 	// caValidity is how long the authority holds: longer than the hardware.
 	caValidity = 30 * 365 * 24 * time.Hour
 	// skew is how far a certificate's begin lies in the past, so that a machine
@@ -117,7 +120,7 @@ func (c *CA) KeyPEM() []byte { return encodeKey(c.key) }
 // calls has decided that the asker may be n: nothing in the request is believed
 // except the proof that the asker has the key.
 func (c *CA) Sign(csr []byte, n ids.Node, role Role, now time.Time) ([]byte, error) {
-	if n == 0 || (role != RoleStore && role != RoleClient) {
+	if n == 0 || (role != RoleStore && role != RoleClient && role != RoleWitness) {
 		return nil, errs.E(errs.Invalid, "sign certificate", n.String(), "no such node or role %q", role)
 	}
 	pub, err := requestKey(csr)

@@ -13,8 +13,8 @@ import (
 	"github.com/unum-os/unum/internal/ids"
 )
 
-// service names the gossip's casts and streams.
-const service = "gossip"
+// Service names the streams and casts of the gossip.
+const Service = "gossip"
 
 // RPC is what gossip needs of package rpc's Endpoint.
 type RPC interface {
@@ -43,14 +43,14 @@ func newTransport(rpc RPC, self ids.Node) *transport {
 
 // listen registers the handlers with rpc.
 func (t *transport) listen() {
-	t.rpc.HandleCast(service, func(from ids.Node, _, data []byte) {
+	t.rpc.HandleCast(Service, func(from ids.Node, _, data []byte) {
 		select {
 		case <-t.done:
 		case t.packets <- &memberlist.Packet{Buf: data, From: addr(from), Timestamp: time.Now()}:
 		default:
 		}
 	})
-	t.rpc.HandleStream(service, func(ctx context.Context, from ids.Node, c net.Conn) {
+	t.rpc.HandleStream(Service, func(ctx context.Context, from ids.Node, c net.Conn) {
 		s := &stream{Conn: c, peer: from, closed: make(chan struct{})}
 		select {
 		case t.streams <- s:
@@ -95,7 +95,7 @@ func (t *transport) WriteTo(b []byte, to string) (time.Time, error) {
 	if !ok {
 		return time.Time{}, failure("write", errors.New("no node has address "+to))
 	}
-	if err := t.rpc.Cast(n, service, nil, slices.Clone(b)); err != nil {
+	if err := t.rpc.Cast(n, Service, nil, slices.Clone(b)); err != nil {
 		return time.Time{}, failure("write", err)
 	}
 	return time.Now(), nil
@@ -117,7 +117,7 @@ func (t *transport) DialTimeout(to string, timeout time.Duration) (net.Conn, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	c, err := t.rpc.Dial(ctx, n, service)
+	c, err := t.rpc.Dial(ctx, n, Service)
 	if err != nil {
 		return nil, failure("dial", err)
 	}

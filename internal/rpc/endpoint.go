@@ -44,7 +44,10 @@ type Config struct {
 	// nil allows all. Called often and concurrently: it must be quick. When it
 	// turns false, connections end within a second.
 	Allowed func(ids.Node) bool
-	Log     *slog.Logger
+	// Permit reports whether a peer with that role may call the method, send the
+	// cast, or open the stream of that name; nil permits all.
+	Permit func(role identity.Role, what string) bool
+	Log    *slog.Logger
 }
 
 // Handler answers calls. It owns req (the encoded request) and data. ctx ends
@@ -99,6 +102,9 @@ func New(cfg Config) (*Endpoint, error) {
 	}
 	if cfg.Allowed == nil {
 		cfg.Allowed = func(ids.Node) bool { return true }
+	}
+	if cfg.Permit == nil {
+		cfg.Permit = func(identity.Role, string) bool { return true }
 	}
 	lis := cfg.Listener
 	if lis == nil {
@@ -326,8 +332,9 @@ func castError(method string, to ids.Node, ok, closed bool) error {
 	}
 }
 
-// handleCasts runs the handlers of the casts in q until ctx ends or q is closed.
-func (e *Endpoint) handleCasts(ctx context.Context, from ids.Node, q *queue) {
+// handleCasts runs the handlers of the casts in q that permit lets pass, until ctx
+// ends or q is closed.
+func (e *Endpoint) handleCasts(ctx context.Context, from ids.Node, permit func(string) error, q *queue) {
 	var buf []frame
 	for {
 		if buf = q.take(ctx.Done(), buf); buf == nil {
@@ -337,6 +344,10 @@ func (e *Endpoint) handleCasts(ctx context.Context, from ids.Node, q *queue) {
 			var h callHeader
 			if err := wire.Unmarshal(f.header, &h); err != nil {
 				e.cfg.Log.Warn("malformed cast dropped", "from", from, "err", err)
+				continue
+			}
+			if err := permit(h.Method); err != nil {
+				e.cfg.Log.Warn("cast refused", "from", from, "err", err)
 				continue
 			}
 			e.hmu.RLock()
@@ -368,7 +379,7 @@ func (e *Endpoint) Run(ctx context.Context) error {
 		e.lis.Close()
 	})
 	defer stop()
-	e.spawn(func() { e.handleCasts(e.ctx, e.cfg.Self, e.self) })
+	e.spawn(func() { e.handleCasts(e.ctx, e.cfg.Self, func(string) error { return nil }, e.self) })
 	e.spawn(e.watch)
 	e.spawn(e.tellPeers)
 	err := e.accept()

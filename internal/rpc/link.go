@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/wire"
 )
@@ -36,6 +37,7 @@ const (
 type link struct {
 	e       *Endpoint
 	peer    ids.Node
+	role    identity.Role // of the peer, on the side that answers
 	lane    laneKind
 	dialled bool
 	raw     *rawConn
@@ -82,6 +84,14 @@ func (l *link) close(err error) {
 	}
 }
 
+// permit refuses what the peer may not ask for.
+func (l *link) permit(what string) error {
+	if l.e.cfg.Permit(l.role, what) {
+		return nil
+	}
+	return errs.E(errs.Unauthorized, what, l.e.cfg.Self.String(), "%v is a %s node, which may not ask for it", l.peer, l.role)
+}
+
 func (l *link) alive() bool { return l.ctx.Err() == nil }
 
 // run carries frames until the connection ends or close is called. It returns
@@ -94,7 +104,7 @@ func (l *link) run() {
 	var casts *queue
 	if !l.dialled && l.lane == laneCast {
 		casts = newQueue(castLimit)
-		wg.Go(func() { l.e.handleCasts(l.ctx, l.peer, casts) })
+		wg.Go(func() { l.e.handleCasts(l.ctx, l.peer, l.permit, casts) })
 	}
 	err := l.read(casts)
 	l.close(err)
@@ -237,7 +247,11 @@ func (l *link) gotCall(f wire.Frame) error {
 		// A call is in hand until its answer has room: a peer that reads none cannot
 		// make this node keep more of them than it may have in hand.
 		defer l.serving.Add(-1)
-		resp, data, err := l.e.handle(ctx, l.peer, h.Method, h.Req, f.Body)
+		var resp, data []byte
+		err := l.permit(h.Method)
+		if err == nil {
+			resp, data, err = l.e.handle(ctx, l.peer, h.Method, h.Req, f.Body)
+		}
 		done()
 		l.answer(h.ID, frame{header: resp, body: data}, err, false)
 	}) {

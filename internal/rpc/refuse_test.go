@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -246,4 +247,46 @@ func FuzzLink(f *testing.F) {
 		<-done
 		<-sink
 	})
+}
+
+// TestRolesAreHeld: what a role may not ask for never reaches a handler.
+func TestRolesAreHeld(t *testing.T) {
+	n := newLAN(t)
+	n.permit = func(role identity.Role, what string) bool {
+		return role == identity.RoleStore || what == "open" || what == "done"
+	}
+	var reached atomic.Int64
+	done := make(chan struct{})
+	n.start(1, nil, func(e *Endpoint) {
+		reach := func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
+			reached.Add(1)
+			return nil, nil, nil
+		}
+		e.Handle("open", reach)
+		e.Handle("closed", reach)
+		e.HandleCast("closed", func(ids.Node, []byte, []byte) { reached.Add(1) })
+		e.HandleCast("done", func(ids.Node, []byte, []byte) { close(done) })
+		e.HandleStream("closed", func(context.Context, ids.Node, net.Conn) { reached.Add(1) })
+	})
+	client := n.start(2, holderAs(t, n.ca, 2, identity.RoleClient, time.Now()), nil)
+	ctx := within(t, 20*time.Second)
+	if _, err := client.Call(ctx, 1, "open", nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Call(ctx, 1, "closed", nil, nil, nil); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("call: %v", err)
+	}
+	if s, err := client.Dial(ctx, 1, "closed"); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("stream: %v %v", s, err)
+	}
+	if err := errors.Join(client.Cast(1, "closed", nil, nil), client.Cast(1, "done", nil, nil)); err != nil {
+		t.Fatal(err)
+	}
+	<-done // after the other
+	if n := reached.Load(); n != 1 {
+		t.Fatalf("%d reached a handler, want 1", n)
+	}
+	if _, err := n.start(3, nil, nil).Call(ctx, 1, "closed", nil, nil, nil); err != nil {
+		t.Fatal(err)
+	}
 }

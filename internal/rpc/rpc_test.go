@@ -25,6 +25,8 @@ type lan struct {
 	at  map[ids.Node]string
 	out map[ids.Node]bool // not allowed
 	end map[ids.Node]*running
+
+	permit func(identity.Role, string) bool // of those started later; nil: all
 }
 
 type running struct {
@@ -47,11 +49,15 @@ func newLAN(t testing.TB) *lan {
 }
 
 func holder(t testing.TB, ca *identity.CA, n ids.Node, now time.Time) *identity.Holder {
+	return holderAs(t, ca, n, identity.RoleStore, now)
+}
+
+func holderAs(t testing.TB, ca *identity.CA, n ids.Node, role identity.Role, now time.Time) *identity.Holder {
 	key, csr, err := identity.NewRequest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert, err := ca.Sign(csr, n, identity.RoleStore, now)
+	cert, err := ca.Sign(csr, n, role, now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +76,7 @@ func (n *lan) config(id ids.Node, h *identity.Holder) Config {
 		addr = "127.0.0.1:0"
 	}
 	return Config{
-		Self: id, Cert: h, ListenAddr: addr, Log: slog.New(slog.DiscardHandler),
+		Self: id, Cert: h, ListenAddr: addr, Log: slog.New(slog.DiscardHandler), Permit: n.permit,
 		Resolve: func(to ids.Node) (string, bool) {
 			n.mu.Lock()
 			defer n.mu.Unlock()

@@ -133,6 +133,7 @@ func (e *Endpoint) serve(c net.Conn, conf *tls.Config, known func()) {
 	known()
 	c.SetDeadline(time.Time{})
 	l := e.newLink(p.Node, kind, false, raw, conn)
+	l.role = p.Role
 	e.track(l)
 	defer e.untrack(l)
 	if kind != laneMux {

@@ -158,8 +158,9 @@ func (e *Endpoint) serveStream(l *link, ys *yamux.Stream) {
 	e.hmu.RLock()
 	handler := e.streams[h.Service]
 	e.hmu.RUnlock()
-	var refusal error
+	refusal := l.permit(h.Service)
 	switch {
+	case refusal != nil:
 	case busy:
 		refusal = errs.E(errs.Busy, "open "+h.Service, e.cfg.Self.String(), "too many streams")
 	case handler == nil:
