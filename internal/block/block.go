@@ -34,6 +34,9 @@ type Config struct {
 	// does not keep or change the slice.
 	Replicas func() []ids.Node
 	Alive    func(ids.Node) bool
+	// Holders returns nodes that may have blocks besides: replicas of before. They
+	// are asked after the replicas, and sent nothing. Nil: there are none.
+	Holders func() []ids.Node
 
 	// Walk calls yield for every block the volume's metadata names, until it
 	// returns false; a name may come twice. On storing nodes only. It runs in a
@@ -51,6 +54,7 @@ type Client struct {
 	log    *slog.Logger
 	cache  cache
 	repair repair
+	walked atomic.Bool // every block the metadata named was looked for, since this node is a replica
 	times  times
 	count  counters
 

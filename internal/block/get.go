@@ -3,6 +3,7 @@ package block
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/unum-os/unum/internal/errs"
@@ -169,6 +170,13 @@ func (c *Client) order(name volume.BlockName) []ids.Node {
 			live = append(live, n)
 		default:
 			dead = append(dead, n)
+		}
+	}
+	if c.cfg.Holders != nil {
+		for _, n := range c.cfg.Holders() {
+			if n != c.cfg.Self && !slices.Contains(all, n) && c.cfg.Alive(n) {
+				live = append(live, n)
+			}
 		}
 	}
 	return append(live, dead...)

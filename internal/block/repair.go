@@ -92,6 +92,15 @@ func (c *Client) Missing() int {
 	return c.repair.missing
 }
 
+// Whole reports whether this node, being a replica, has every block that the
+// metadata names, as far as it has looked: all were looked for, and none is
+// missing.
+func (c *Client) Whole() bool {
+	c.repair.mu.Lock()
+	defer c.repair.mu.Unlock()
+	return c.walked.Load() && len(c.repair.wanted) == 0 && !c.repair.walk
+}
+
 // Run repairs until ctx ends, and returns when all that the client started has
 // ended. Puts and gets fail after it. It returns nil.
 func (c *Client) Run(ctx context.Context) error {
@@ -239,6 +248,9 @@ func (c *Client) watch(ctx context.Context) {
 			r.walk = false
 		}
 		r.mu.Unlock()
+		if storing != stored {
+			c.walked.Store(false)
+		}
 		stored = storing
 		if walk && c.cfg.Walk != nil {
 			c.walk(ctx)
@@ -268,6 +280,7 @@ func (c *Client) walk(ctx context.Context) {
 	}
 	if whole { // else want has asked for another
 		c.count.walks.Add(1)
+		c.walked.Store(true)
 	}
 }
 
