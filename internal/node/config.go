@@ -14,6 +14,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/record"
 )
 
 // DefaultPort is where nodes listen for each other.
@@ -21,13 +22,15 @@ const DefaultPort = 7400
 
 // Config is what a node is started with.
 type Config struct {
-	Dir      string  // the node's data: identity, metadata groups, blocks, job output
-	Mount    string  // where the tree appears, /unum
-	Socket   string  // the daemon's control socket
-	Addr     string  // host:port that other nodes reach; empty: found out
-	Hostname string  // shown to people
-	Share    float64 // part of a machine shared with other nodes (a lab); 0: all of it
-	Exe      string  // the light binary, whose shim starts jobs
+	Dir      string            // the node's data: identity, metadata groups, blocks, job output
+	Mount    string            // where the tree appears, /unum
+	Socket   string            // the daemon's control socket
+	Addr     string            // host:port that other nodes reach; empty: found out
+	Hostname string            // shown to people
+	Share    float64           // part of a machine shared with other nodes (a lab); 0: all of it
+	Role     record.Role       // what Join asks to become; 0: what the token says
+	Labels   map[string]string // told to the record when the node is made
+	Exe      string            // the light binary, whose shim starts jobs
 	Log      *slog.Logger
 }
 
@@ -37,12 +40,13 @@ type disk struct {
 	Version  int               `json:"version"`
 	Cluster  string            `json:"cluster"`
 	Node     ids.Node          `json:"node"`
+	Role     record.Role       `json:"role"`
 	Addr     string            `json:"addr"`
 	Founding bool              `json:"founding,omitempty"` // the record has yet to be written
 	Peers    map[string]string `json:"peers,omitempty"`    // node -> address, as last known
 }
 
-const diskVersion = 1
+const diskVersion = 2
 
 func (c *Config) path(parts ...string) string {
 	return filepath.Join(append([]string{c.Dir}, parts...)...)
@@ -52,7 +56,7 @@ func (c *Config) path(parts ...string) string {
 const (
 	fileNode   = "node.json"
 	fileCA     = "identity/ca.pem"
-	fileCAKey  = "identity/ca.key" // on the founding node, until the record holds it
+	fileCAKey  = "identity/ca.key" // the authority's, on voters that store
 	fileCert   = "identity/node.pem"
 	fileKey    = "identity/node.key"
 	fileCSR    = "identity/node.csr"
@@ -86,7 +90,7 @@ func (c *Config) loadDisk() (disk, error) {
 	if d.Version != diskVersion {
 		return d, errs.E(errs.NotSupported, "start", c.path(fileNode), "written by another version of unum: format %d, this one reads %d", d.Version, diskVersion)
 	}
-	if d.Node == 0 || d.Cluster == "" {
+	if d.Node == 0 || d.Cluster == "" || d.Role < record.RoleStore || d.Role > record.RoleWitness {
 		return d, errs.E(errs.Corrupt, "start", c.path(fileNode), "it names no node")
 	}
 	return d, nil

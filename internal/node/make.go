@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"net"
 	"os"
 	"slices"
 	"time"
@@ -72,23 +73,28 @@ func Found(cfg Config) error {
 	if err := host.Close(); err != nil {
 		return err
 	}
-	return cfg.saveDisk(disk{Cluster: cluster, Node: 1, Addr: addr, Founding: true})
+	return cfg.saveDisk(disk{Cluster: cluster, Node: 1, Role: record.RoleStore, Addr: addr, Founding: true})
 }
 
-// joinRequest is what a machine that wants to become a node says.
+// joinRequest is what a machine that wants to become a node says; or, with Renew,
+// a node whose certificate has ended, which has no other way to be heard.
 type joinRequest struct {
-	Secret   [16]byte `cbor:"1,keyasint"`
-	CSR      []byte   `cbor:"2,keyasint"`
-	Hostname string   `cbor:"3,keyasint"`
-	Addr     string   `cbor:"4,keyasint"`
+	Secret   [16]byte          `cbor:"1,keyasint"`
+	CSR      []byte            `cbor:"2,keyasint"`
+	Hostname string            `cbor:"3,keyasint"`
+	Addr     string            `cbor:"4,keyasint"`
+	Role     record.Role       `cbor:"5,keyasint,omitempty"` // 0: the token's
+	Labels   map[string]string `cbor:"6,keyasint,omitempty"`
+	Renew    ids.Node          `cbor:"7,keyasint,omitempty"` // a new certificate for this node; the key in CSR proves it
 }
 
 // joinReply makes it one.
 type joinReply struct {
 	Node      ids.Node            `cbor:"1,keyasint"`
 	Cert      []byte              `cbor:"2,keyasint"`
-	VolumeKey [32]byte            `cbor:"3,keyasint"`
-	Peers     map[ids.Node]string `cbor:"4,keyasint"`
+	VolumeKey []byte              `cbor:"3,keyasint,omitempty"` // for a node that stores
+	Peers     map[ids.Node]string `cbor:"4,keyasint"`           // those that store
+	Role      record.Role         `cbor:"5,keyasint"`
 }
 
 // Join makes this machine a node of the cluster whose node listens at addr. It
@@ -144,7 +150,7 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 			return err
 		}
 	}
-	q := joinRequest{Secret: tok.Secret, CSR: csr, Hostname: cfg.Hostname, Addr: self}
+	q := joinRequest{Secret: tok.Secret, CSR: csr, Hostname: cfg.Hostname, Addr: self, Role: cfg.Role, Labels: cfg.Labels}
 	b, trust, err := rpc.Join(ctx, to, tok.Authority, wire.MustMarshal(q))
 	if errs.Has(err, errs.Unauthorized) {
 		return &errs.Error{Op: "join", Subject: addr, Class: errs.Unauthorized, Err: err, Remedy: "unum token on a machine of that cluster, for a new one"}
@@ -159,15 +165,34 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 	if _, err := identity.NewHolder(trust, r.Cert, key); err != nil {
 		return errs.Wrap(err, "join", addr)
 	}
-	for _, f := range []struct {
+	type file struct {
 		name string
 		data []byte
-	}{{fileCA, trust.CertPEM()}, {fileCert, r.Cert}, {fileVolume, r.VolumeKey[:]}} {
+	}
+	files := []file{{fileCA, trust.CertPEM()}, {fileCert, r.Cert}}
+	if r.Role == record.RoleStore {
+		files = append(files, file{fileVolume, r.VolumeKey})
+	}
+	for _, f := range files {
 		if err := identity.Save(cfg.path(f.name), f.data); err != nil {
 			return err
 		}
 	}
-	host, err := group.New(group.Config{Self: r.Node, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
+	if r.Role != record.RoleClient {
+		if err := joinGroups(cfg, r.Node); err != nil {
+			return err
+		}
+	}
+	d := disk{Cluster: trust.Cluster(), Node: r.Node, Role: r.Role, Addr: self, Peers: map[string]string{}}
+	for n, a := range r.Peers {
+		d.Peers[n.String()] = a
+	}
+	return cfg.saveDisk(d)
+}
+
+// joinGroups makes the empty replicas of a node that is to have some.
+func joinGroups(cfg Config, self ids.Node) error {
+	host, err := group.New(group.Config{Self: self, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}
@@ -177,22 +202,11 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 			return err
 		}
 	}
-	if err := host.Close(); err != nil {
-		return err
-	}
-	d := disk{Cluster: trust.Cluster(), Node: r.Node, Addr: self, Peers: map[string]string{}}
-	for n, a := range r.Peers {
-		d.Peers[n.String()] = a
-	}
-	return cfg.saveDisk(d)
+	return host.Close()
 }
 
 // finishFounding writes the cluster's record, once this node leads its group.
 func (n *Node) finishFounding(ctx context.Context) error {
-	caKey, err := identity.Load(n.cfg.path(fileCAKey))
-	if err != nil {
-		return err
-	}
 	csr, err := identity.Load(n.cfg.path(fileCSR))
 	if err != nil {
 		return err
@@ -205,34 +219,67 @@ func (n *Node) finishFounding(ctx context.Context) error {
 	if err != nil || len(id) != 16 {
 		return errs.E(errs.Corrupt, "found", n.cfg.path(fileNode), "cluster id %q", n.disk.Cluster)
 	}
-	init := record.Init{Name: "unum", CACert: n.holder.Trust().CertPEM(), CAKey: caKey, VolumeKey: n.volumeKey,
+	init := record.Init{Name: "unum", CACert: n.holder.Trust().CertPEM(), VolumeKey: n.volumeKey,
 		Hostname: n.cfg.Hostname, Addr: n.disk.Addr, Key: sha256.Sum256(pub), Now: time.Now().UnixNano()}
 	copy(init.ClusterID[:], id)
 	if _, err := n.record.do(ctx, record.Command{Init: &init}); err != nil && !errs.Has(err, errs.Exists) {
 		return err
 	}
 	n.disk.Founding = false
-	if err := n.cfg.saveDisk(n.disk); err != nil {
-		return err
-	}
-	return os.Remove(n.cfg.path(fileCAKey))
+	return n.cfg.saveDisk(n.disk)
 }
 
-// serveJoin gives a machine with a good token a node id and a certificate.
-func (n *Node) serveJoin(ctx context.Context, req []byte) ([]byte, error) {
+// serveDoor answers machines that have no certificate, or none that holds: by
+// itself if it can sign, else through a voter.
+func (n *Node) serveDoor(ctx context.Context, _ net.Addr, req []byte) ([]byte, error) {
 	var q joinRequest
 	if err := wire.Unmarshal(req, &q); err != nil {
 		return nil, err
 	}
+	if _, err := identity.RequestKey(q.CSR); err != nil {
+		return nil, err
+	}
+	if n.disk.Role == record.RoleStore {
+		r, err := n.join(ctx, &q)
+		if err == nil {
+			return wire.Marshal(r)
+		}
+		if !errs.Has(err, errs.Unavailable) {
+			return nil, err
+		}
+	}
+	err := error(errs.E(errs.Unavailable, "", "", "no node that could sign answers"))
+	for _, p := range n.askFirst() {
+		if p == n.id {
+			continue
+		}
+		var r joinReply
+		if _, err = n.ep.Call(ctx, p, methodJoin, q, nil, &r); err == nil {
+			return wire.Marshal(r)
+		}
+		if !errs.Has(err, errs.Unavailable) && !errs.Has(err, errs.Timeout) {
+			return nil, err
+		}
+	}
+	return nil, err
+}
+
+// join gives a machine with a good token a node id and a certificate. Class
+// Unavailable: this node cannot sign.
+func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 	pub, err := identity.RequestKey(q.CSR)
 	if err != nil {
 		return nil, err
 	}
-	info, err := n.record.info(ctx)
+	ca, err := n.authority()
 	if err != nil {
 		return nil, err
 	}
-	ca, err := identity.ParseCA(info.CACert, info.CAKey)
+	if q.Renew != 0 {
+		cert, err := n.renewal(q.Renew, q.CSR)
+		return &joinReply{Node: q.Renew, Cert: cert}, err
+	}
+	info, err := n.record.info(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -243,25 +290,31 @@ func (n *Node) serveJoin(ctx context.Context, req []byte) ([]byte, error) {
 		return nil, errs.E(errs.Unauthorized, "", "", "the token is not one of this cluster")
 	}
 	r, err := n.record.do(ctx, record.Command{AddMember: &record.AddMember{Token: token, Key: key,
-		Hostname: q.Hostname, Addr: q.Addr, Now: time.Now().UnixNano()}})
+		Hostname: q.Hostname, Addr: q.Addr, Role: q.Role, Labels: q.Labels, Now: time.Now().UnixNano()}})
 	if err != nil {
 		return nil, err
 	}
-	cert, err := ca.Sign(q.CSR, r.Node, identity.RoleStore, time.Now())
-	if err != nil {
+	if _, err := n.record.info(ctx); err != nil { // this replica has heard of it, then
 		return nil, err
 	}
 	ms, err := n.record.view().Members()
 	if err != nil {
 		return nil, err
 	}
-	reply := joinReply{Node: r.Node, Cert: cert, VolumeKey: info.VolumeKey, Peers: map[ids.Node]string{}}
+	reply := &joinReply{Node: r.Node, Peers: map[ids.Node]string{}}
 	for _, m := range ms {
-		if m.ID != r.Node && m.State != record.Left && m.State != record.Removed {
+		switch {
+		case m.ID == r.Node:
+			reply.Role = m.Role
+		case m.State.Belongs() && m.Role == record.RoleStore:
 			reply.Peers[m.ID] = m.Addr
 		}
 	}
-	return wire.Marshal(reply)
+	if reply.Role == record.RoleStore {
+		reply.VolumeKey = info.VolumeKey[:]
+	}
+	reply.Cert, err = ca.Sign(q.CSR, r.Node, identity.Role(reply.Role.String()), time.Now())
+	return reply, err
 }
 
 // invited reports whether the record has heard of the token, or of a member that

@@ -48,36 +48,43 @@ const (
 	streamSnap = group.Service
 )
 
-// Node is one running node.
+// Node is one running node. What follows the members is there on nodes that
+// store only.
 type Node struct {
-	cfg       Config
-	id        ids.Node
-	disk      disk
-	holder    *identity.Holder
-	ballast   *ballast
-	volumeKey [32]byte
+	cfg     Config
+	id      ids.Node
+	disk    disk
+	holder  *identity.Holder
+	ballast *ballast
+	grace   time.Duration // see the constant; tests shorten it
 
 	ep      *rpc.Endpoint
-	host    *group.Host
-	rec     *group.Group
-	root    *group.Group
+	host    *group.Host  // nil on a client node
+	rec     *group.Group // nil on a client node
+	root    *group.Group // nil on a client node
 	record  *recordClient
-	jobs    *registry
-	members *member.Members
-	segs    *segment.Store
-	blocks  *block.Client
-	vice    *vice.Server
-	venus   *venus.Client
-	mount   *fusefs.Mount
-	manager *proc.Manager
-	home    *proc.Home
+	members *member.Members // nil on a client node
 	ctl     *control.Server
-	meter   *load.Meter
-	loads   *load.Table
+
+	volumeKey [32]byte
+	jobs      *registry
+	segs      *segment.Store
+	blocks    *block.Client
+	vice      *vice.Server
+	venus     *venus.Client
+	mount     *fusefs.Mount
+	manager   *proc.Manager
+	home      *proc.Home
+	meter     *load.Meter
+	loads     *load.Table
 
 	known   atomic.Pointer[map[ids.Node]record.Member] // the record's members
+	stir    chan struct{}                              // holds one: the steward should look
 	turn    atomic.Uint64
 	mounted atomic.Bool
+	goes    atomic.Bool             // it leaves for good when it stops
+	gone    atomic.Bool             // it has, and the record knows
+	end     context.CancelCauseFunc // of Run
 	began   time.Time
 }
 
@@ -103,7 +110,7 @@ func (t transport) Dial(ctx context.Context, to ids.Node, service string) (net.C
 // Open reads the node in cfg.Dir and makes its parts; Run starts them. Errors
 // are sentences for whoever typed the command.
 func Open(cfg Config) (n *Node, err error) {
-	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now()}
+	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now(), grace: grace, stir: make(chan struct{}, 1)}
 	n.known.Store(&map[ids.Node]record.Member{})
 	if n.disk, err = cfg.loadDisk(); err != nil {
 		return nil, err
@@ -118,7 +125,6 @@ func Open(cfg Config) (n *Node, err error) {
 		return nil, err
 	}
 	n.cfg.Log = cfg.Log.With("node", n.id.String())
-	part := func(name string) *slog.Logger { return n.cfg.Log.With("part", name) }
 	var undo []func() error
 	defer func() {
 		if err != nil {
@@ -128,7 +134,7 @@ func Open(cfg Config) (n *Node, err error) {
 		}
 	}()
 	n.ep, err = rpc.New(rpc.Config{Self: n.id, Cert: n.holder, ListenAddr: listenAddr(n.disk.Addr),
-		Resolve: n.resolve, Allowed: n.allowed, Log: part("rpc")})
+		Resolve: n.resolve, Allowed: n.allowed, Permit: permit, Log: n.part("rpc")})
 	if err != nil {
 		return nil, err
 	}
@@ -137,13 +143,34 @@ func Open(cfg Config) (n *Node, err error) {
 		cancel()
 		return n.ep.Run(ctx)
 	})
-	n.ballast = openBallast(cfg.Dir, cfg.path(fileBallast), part("ballast"))
-	n.host, err = group.New(group.Config{Self: n.id, Dir: cfg.path("groups"), Transport: transport{n.ep}, Log: part("group"),
+	n.ctl = control.New(control.Config{Path: cfg.Socket, Log: n.part("control")})
+	n.ballast = openBallast(cfg.Dir, cfg.path(fileBallast), n.part("ballast"))
+	if n.disk.Role != record.RoleClient {
+		if err := n.openGroups(&undo); err != nil {
+			return nil, err
+		}
+	}
+	n.record = newRecordClient(n)
+	if n.disk.Role == record.RoleStore {
+		if err := n.openStore(&undo); err != nil {
+			return nil, err
+		}
+	}
+	n.serveControl()
+	n.servePeers()
+	return n, nil
+}
+
+func (n *Node) part(name string) *slog.Logger { return n.cfg.Log.With("part", name) }
+
+// openGroups makes what a node that votes has.
+func (n *Node) openGroups(undo *[]func() error) (err error) {
+	n.host, err = group.New(group.Config{Self: n.id, Dir: n.cfg.path("groups"), Transport: transport{n.ep}, Log: n.part("group"),
 		FS: vfs.OnDiskFull(vfs.Default, n.ballast.give)})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	undo = append(undo, n.host.Close)
+	*undo = append(*undo, n.host.Close)
 	n.ep.HandleCast(castRaft, func(from ids.Node, _, data []byte) {
 		if err := n.host.Receive(from, data); err != nil {
 			n.cfg.Log.Debug("raft message refused", "from", from.String(), "err", err)
@@ -157,39 +184,48 @@ func Open(cfg Config) (n *Node, err error) {
 	recm := &record.Machine{OnChange: func(uint64) { n.refreshMembers() }}
 	volm := &volume.Machine{OnBlocks: func(names []volume.BlockName) { n.blocks.Ensure(names) }}
 	if n.rec, err = n.host.Open(ids.RecordGroup, recm); err != nil {
-		return nil, err
+		return err
 	}
 	if n.root, err = n.host.Open(ids.RootGroup, volm); err != nil {
-		return nil, err
+		return err
 	}
-	n.record = newRecordClient(n.host, n.rec, n.ep, part("record"))
-	n.jobs = newRegistry(n.record, part("jobs"))
-	n.ep.HandleJoin(func(ctx context.Context, _ net.Addr, req []byte) ([]byte, error) { return n.serveJoin(ctx, req) })
-	if n.members, err = member.New(member.Config{Self: n.id, RPC: n.ep, Log: part("member")}); err != nil {
-		return nil, err
+	for _, g := range n.groups() {
+		g.Watch(func(group.Status) { n.nudge() })
 	}
-	if n.segs, err = segment.Open(segment.Config{Dir: cfg.path("blocks"), Log: part("segment")}); err != nil {
-		return nil, err
+	if n.members, err = member.New(member.Config{Self: n.id, RPC: n.ep, Log: n.part("member")}); err != nil {
+		return err
 	}
-	undo = append(undo, n.segs.Close)
+	n.members.OnChange(n.onMember)
+	return nil
+}
+
+// openStore makes what a node that stores has besides.
+func (n *Node) openStore(undo *[]func() error) (err error) {
+	cfg := n.cfg
+	n.jobs = newRegistry(n.record, n.part("jobs"))
+	if n.segs, err = segment.Open(segment.Config{Dir: cfg.path("blocks"), Log: n.part("segment")}); err != nil {
+		return err
+	}
+	*undo = append(*undo, n.segs.Close)
 	n.blocks = block.New(block.Config{Self: n.id, RPC: n.ep, Local: n.segs, Key: n.volumeKey,
-		Replicas: n.storing, Alive: n.members.IsAlive, Walk: n.walkBlocks, Log: part("block")})
+		Replicas: n.storing, Holders: n.holders, Alive: n.members.IsAlive, Walk: n.walkBlocks, Log: n.part("block")})
 	n.ep.Bulk(block.MethodGet) // small questions, large answers
 	n.vice = vice.New(vice.Config{Self: n.id, Group: ids.RootGroup, Replica: n.root,
-		State: vice.NewState(n.host.State(), n.root.Space()), Peers: n.ep, Log: part("vice")})
+		State: vice.NewState(n.host.State(), n.root.Space()), Peers: n.ep, Log: n.part("vice")})
 	n.root.Watch(func(group.Status) { n.vice.Nudge() })
 	n.venus = venus.New(venus.Config{Self: n.id, Group: ids.RootGroup, Peers: n.ep, Blocks: n.blocks,
-		Members: n.askFirst, Space: n.space, Log: part("venus")})
-	n.mount = fusefs.New(fusefs.Config{Dir: cfg.Mount, Tree: n.venus, Log: part("fusefs"), Guard: true})
+		Members: n.askFirst, Space: n.space, Log: n.part("venus")})
+	n.mount = fusefs.New(fusefs.Config{Dir: cfg.Mount, Tree: n.venus, Log: n.part("fusefs"), Guard: true})
 	n.venus.SetKernel(n.mount)
-	n.manager, err = proc.NewManager(proc.ManagerConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: part("proc"),
+	n.manager, err = proc.NewManager(proc.ManagerConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: n.part("proc"),
 		Dir: cfg.Dir, Exe: cfg.Exe, Cgroup: filepath.Join("unum", n.disk.Cluster[:8]+"-"+n.id.String()), Accept: n.accept, Socket: cfg.Socket, Settle: n.venus.Settle})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	n.home = proc.NewHome(proc.HomeConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: part("home"), Place: n.place,
+	n.home = proc.NewHome(proc.HomeConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: n.part("home"), Place: n.place,
 		Resolve: n.byName, Members: n.members.Alive, Host: n.hostname, Explain: explain})
-	n.meter = load.New(load.Config{Node: n.id, Dir: cfg.Dir, Share: cfg.Share, Log: part("load")})
+	n.home.Register(n.ctl)
+	n.meter = load.New(load.Config{Node: n.id, Dir: cfg.Dir, Share: cfg.Share, Log: n.part("load")})
 	n.members.OnBroadcast(wordLoad, func(from ids.Node, b []byte) {
 		var l sched.Load
 		if err := wire.Unmarshal(b, &l); err != nil || l.Node != from {
@@ -198,13 +234,15 @@ func Open(cfg Config) (n *Node, err error) {
 		}
 		n.loads.Put(clock.Now(), l)
 	})
-	n.members.OnChange(n.onMember)
-	n.ctl = control.New(control.Config{Path: cfg.Socket, Log: part("control")})
-	n.home.Register(n.ctl)
-	n.serveControl()
-	n.ep.Handle(methodSelf, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) { return n.self(), nil, nil })
-	n.ep.Handle(methodRenew, n.serveRenew)
-	return n, nil
+	return nil
+}
+
+// groups lists the groups of which this node has a replica.
+func (n *Node) groups() []*group.Group {
+	if n.host == nil {
+		return nil
+	}
+	return []*group.Group{n.rec, n.root}
 }
 
 func (n *Node) loadIdentity() error {
@@ -227,12 +265,14 @@ func (n *Node) loadIdentity() error {
 	if n.holder, err = identity.NewHolder(trust, cert, key); err != nil {
 		return errs.Wrap(err, "start", n.cfg.path(fileCert))
 	}
-	vk, err := identity.Load(n.cfg.path(fileVolume))
-	if err != nil {
-		return errs.Wrap(err, "start", n.cfg.Dir)
-	}
-	if copy(n.volumeKey[:], vk) != 32 || len(vk) != 32 {
-		return errs.E(errs.Corrupt, "start", n.cfg.path(fileVolume), "%d bytes, want 32", len(vk))
+	if n.disk.Role == record.RoleStore {
+		vk, err := identity.Load(n.cfg.path(fileVolume))
+		if err != nil {
+			return errs.Wrap(err, "start", n.cfg.Dir)
+		}
+		if copy(n.volumeKey[:], vk) != 32 || len(vk) != 32 {
+			return errs.E(errs.Corrupt, "start", n.cfg.path(fileVolume), "%d bytes, want 32", len(vk))
+		}
 	}
 	if n.holder.Node() != n.id || trust.Cluster() != n.disk.Cluster {
 		return errs.E(errs.Corrupt, "start", n.cfg.path(fileCert), "the certificate is of %v in cluster %s, the directory of %v in %s",
@@ -247,19 +287,36 @@ type part struct {
 	run  func(ctx context.Context) error
 }
 
+// parts lists what runs on this node, in the order of starting.
+func (n *Node) parts() []part {
+	ps := []part{{"ballast", n.ballast.run}, {"rpc", n.ep.Run}}
+	if n.host != nil {
+		ps = append(ps, part{"groups", n.host.Run}, part{"members", n.members.Run})
+	}
+	ps = append(ps, part{"farewell", n.farewell})
+	if n.disk.Role != record.RoleStore {
+		return append(ps, part{"seek", n.seek}, part{"follow", n.follow}, part{"steward", n.steward}, part{"control", n.ctl.Run})
+	}
+	return append(ps, part{"blocks", n.blocks.Run}, part{"vice", n.vice.Run}, part{"venus", n.venus.Run},
+		part{"seek", n.seek}, part{"steward", n.steward}, part{"jobs", n.jobs.out.Run},
+		part{"load", func(ctx context.Context) error { return n.meter.Run(ctx, n.publish) }},
+		part{"control", n.ctl.Run}, part{"tree", n.runMount}, part{"manager", n.manager.Run})
+}
+
 // Run starts the parts in order and stops them in reverse when ctx ends or one of
-// them fails.
+// them fails. A node that has left the cluster is then no longer in its
+// directory.
 func (n *Node) Run(ctx context.Context) error {
 	syscall.Umask(0) // the kernel has applied the caller's mask already
 	favour(n.cfg.Log)
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	parts := []part{
-		{"ballast", n.ballast.run}, {"rpc", n.ep.Run}, {"groups", n.host.Run}, {"members", n.members.Run}, {"blocks", n.blocks.Run},
-		{"vice", n.vice.Run}, {"venus", n.venus.Run}, {"seek", n.seek}, {"steward", n.steward}, {"jobs", n.jobs.out.Run},
-		{"load", func(ctx context.Context) error { return n.meter.Run(ctx, n.publish) }},
-		{"control", n.ctl.Run}, {"tree", n.runMount}, {"manager", n.manager.Run},
-	}
+	n.end = stop
+	return n.run(ctx, stop, n.parts())
+}
+
+// run runs the parts until ctx ends, which the end of one brings about by stop.
+func (n *Node) run(ctx context.Context, stop context.CancelCauseFunc, parts []part) error {
 	n.refreshMembers()
 	type running struct {
 		cancel context.CancelFunc
@@ -293,10 +350,19 @@ func (n *Node) Run(ctx context.Context) error {
 		r.cancel()
 		<-r.done
 	}
-	err := errors.Join(n.host.Close(), n.segs.Close())
+	var err error
+	if n.host != nil {
+		err = n.host.Close()
+	}
+	if n.segs != nil {
+		err = errors.Join(err, n.segs.Close())
+	}
 	errMu.Lock()
 	defer errMu.Unlock()
-	return errors.Join(failed, err)
+	if err = errors.Join(failed, err); err == nil && n.gone.Load() {
+		err = n.cfg.forget()
+	}
+	return err
 }
 
 // seek tells membership whom to look for, finishes what founding left, and then
@@ -313,7 +379,7 @@ func (n *Node) seek(ctx context.Context) error {
 			peers = append(peers, p)
 		}
 	}
-	if len(peers) > 0 {
+	if n.members != nil && len(peers) > 0 {
 		if err := n.members.Join(ctx, peers); err != nil && ctx.Err() == nil {
 			n.cfg.Log.Warn("no other node answers yet", "err", err)
 		}
@@ -370,18 +436,26 @@ func (n *Node) runMount(ctx context.Context) error {
 	return n.mount.Run(ctx)
 }
 
-// refreshMembers reads the members anew.
+// refreshMembers reads the members anew, from this node's replica of the record.
 func (n *Node) refreshMembers() {
+	if n.disk.Role != record.RoleStore {
+		return
+	}
 	ms, err := n.record.view().Members()
 	if err != nil {
 		n.cfg.Log.Error("cannot read the members", "err", err)
 		return
 	}
+	n.setMembers(ms)
+}
+
+func (n *Node) setMembers(ms []record.Member) {
 	m := make(map[ids.Node]record.Member, len(ms))
 	for _, x := range ms {
 		m[x.ID] = x
 	}
 	n.known.Store(&m)
+	n.nudge()
 }
 
 // resolve returns a node's address.
@@ -403,14 +477,23 @@ func (n *Node) allowed(p ids.Node) bool {
 		// that it happened. One that was put out is known, with that state.
 		return true
 	}
-	return m.State != record.Removed && m.State != record.Left
+	return m.State.Belongs()
 }
 
-// members that are in the cluster, in order.
+// alive reports whether a node is believed to be. Client nodes take no part in
+// the gossip: they are alive while they are connected.
+func (n *Node) alive(p ids.Node) bool {
+	if n.members == nil || (*n.known.Load())[p].Role == record.RoleClient {
+		return n.ep.Connected(p)
+	}
+	return n.members.IsAlive(p)
+}
+
+// current lists the members that belong to the cluster, in order.
 func (n *Node) current() []record.Member {
 	var out []record.Member
 	for _, m := range *n.known.Load() {
-		if m.State == record.Joining || m.State == record.Active {
+		if m.State.Belongs() {
 			out = append(out, m)
 		}
 	}
@@ -443,19 +526,46 @@ func (n *Node) byName(name string) (ids.Node, error) {
 	return 0, errs.E(errs.Invalid, "find node", name, "%d nodes have this host name", len(found)).WithRemedy("unum nodes, and name it by its id")
 }
 
-// askFirst lists nodes that may know the root group's leader, this one first.
+// askFirst lists nodes that may know the groups' leaders: those that store, this
+// one first.
 func (n *Node) askFirst() []ids.Node {
-	out := []ids.Node{n.id}
+	var out []ids.Node
+	if n.disk.Role == record.RoleStore {
+		out = append(out, n.id)
+	}
 	for _, m := range n.current() {
-		if m.ID != n.id {
+		if m.ID != n.id && m.Role == record.RoleStore {
+			out = append(out, m.ID)
+		}
+	}
+	if len(out) == 0 { // nobody is known yet but whom the joining named
+		for name := range n.disk.Peers {
+			if p, err := ids.ParseNode(name); err == nil {
+				out = append(out, p)
+			}
+		}
+		slices.Sort(out)
+	}
+	return out
+}
+
+// storing lists the nodes that keep the root volume's blocks: its voters but
+// for a witness.
+func (n *Node) storing() []ids.Node {
+	known := *n.known.Load()
+	return slices.DeleteFunc(slices.Clone(n.root.Status().Voters), func(v ids.Node) bool { return known[v].Role == record.RoleWitness })
+}
+
+// holders lists the nodes that may have blocks: all that store.
+func (n *Node) holders() []ids.Node {
+	var out []ids.Node
+	for _, m := range n.current() {
+		if m.Role == record.RoleStore {
 			out = append(out, m.ID)
 		}
 	}
 	return out
 }
-
-// storing lists the nodes that keep the root volume's blocks: its voters.
-func (n *Node) storing() []ids.Node { return n.root.Status().Voters }
 
 // walkBlocks names every block of the root volume.
 func (n *Node) walkBlocks(yield func(volume.BlockName) bool) error {
@@ -490,6 +600,7 @@ func (n *Node) publish(l sched.Load) {
 // onMember reacts to a node that comes or goes; its jobs are the steward's.
 func (n *Node) onMember(p ids.Node, alive bool) {
 	n.cfg.Log.Info("member changed", "member", p.String(), "alive", alive)
+	n.nudge()
 	if !alive {
 		n.loads.Remove(p)
 	}
@@ -508,7 +619,10 @@ func (n *Node) accept(proc.Demand) error {
 // place chooses a node for a command.
 func (n *Node) place(ctx context.Context, d proc.Demand) (ids.Node, []byte, error) {
 	now := clock.Now()
-	loads := slices.DeleteFunc(n.loads.Snapshot(now), func(l sched.Load) bool { return !n.members.IsAlive(l.Node) })
+	known := *n.known.Load()
+	loads := slices.DeleteFunc(n.loads.Snapshot(now), func(l sched.Load) bool {
+		return !n.members.IsAlive(l.Node) || known[l.Node].State == record.Leaving
+	})
 	turn := n.turn.Add(1)
 	dec := sched.Decide(sched.Inputs{Policy: sched.EPVM, Home: n.id, Seed: uint64(now) ^ turn<<32, Turn: turn,
 		Limit: n.loads.Limit(), Loads: loads, Exclude: d.Not})

@@ -48,28 +48,15 @@ func start(t *testing.T, cfg Config) (*Node, func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.refreshMembers()
-	var undo []func()
-	for _, run := range []func(context.Context) error{n.ep.Run, n.host.Run, n.members.Run, n.jobs.out.Run, n.seek, n.steward} {
-		ctx, cancel := context.WithCancel(context.Background())
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			if err := run(ctx); err != nil {
-				t.Error(err)
-			}
-		}()
-		undo = append(undo, func() { cancel(); <-done })
-	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	n.end = cancel
+	parts := slices.DeleteFunc(n.parts(), func(p part) bool { return p.name == "tree" || p.name == "manager" })
+	ended := make(chan error, 1)
+	go func() { ended <- n.run(ctx, cancel, parts) }()
 	stop := sync.OnceFunc(func() {
-		for _, f := range slices.Backward(undo) {
-			f()
-		}
-		if err := n.host.Close(); err != nil {
-			t.Error(err)
-		}
-		if err := n.segs.Close(); err != nil {
-			t.Error(err)
+		cancel(nil)
+		if err := <-ended; err != nil {
+			t.Errorf("%v: %v", n.id, err)
 		}
 	})
 	t.Cleanup(stop)
@@ -106,13 +93,13 @@ func founded(t *testing.T) (*Node, Config) {
 }
 
 // age gives the node in cfg.Dir a certificate that was signed then.
-func age(t *testing.T, cfg Config, ca *identity.CA, id ids.Node, then time.Time) {
+func age(t *testing.T, cfg Config, ca *identity.CA, id ids.Node, role identity.Role, then time.Time) {
 	t.Helper()
 	csr, err := identity.Load(cfg.path(fileCSR))
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert, err := ca.Sign(csr, id, identity.RoleStore, then)
+	cert, err := ca.Sign(csr, id, role, then)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,7 +133,7 @@ func TestCertificateIsRenewed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	age(t, cfg1, ca, 1, time.Now().Add(day-identity.NodeValidity))
+	age(t, cfg1, ca, 1, identity.RoleStore, time.Now().Add(day-identity.NodeValidity))
 	n1, stop1 := start(t, cfg1)
 	settled(t, n1, 1)
 	await(t, "a certificate with a day left is renewed", fresh(n1))
@@ -167,7 +154,7 @@ func TestCertificateIsRenewed(t *testing.T) {
 	n2, stop2 := start(t, cfg2)
 	settled(t, n2, 2)
 	stop2()
-	age(t, cfg2, ca, 2, time.Now().Add(-day-identity.NodeValidity))
+	age(t, cfg2, ca, 2, identity.RoleStore, time.Now().Add(-day-identity.NodeValidity))
 	n2, _ = start(t, cfg2)
 	await(t, "a certificate that has ended is renewed", fresh(n2))
 	await(t, "others accept it", func() bool {
@@ -326,15 +313,6 @@ func TestLongJobsAreTold(t *testing.T) {
 		if j.State != record.JobExited || j.ExitCode != 3 || len(j.Argv) != 2 || string(j.Argv[0]) != "echo" || size != argvTold ||
 			!strings.HasPrefix(long, j.Text) || len(j.Text) != record.MaxText-1 || j.Name != j.Text || len(j.Cwd) != record.MaxPath {
 			t.Fatalf("job %d: %v, argv %d words, %d bytes; text %d, name %d, directory %d", j.ID, j.State, len(j.Argv), size, len(j.Text), len(j.Name), len(j.Cwd))
-		}
-	}
-}
-
-func TestNeverFourVoters(t *testing.T) {
-	ready := []ids.Node{7, 8, 9}
-	for _, c := range []struct{ voters, ready, want int }{{1, 3, 2}, {3, 1, 0}, {3, 2, 2}, {2, 3, 3}, {4, 0, 0}, {4, 1, 1}, {1, 1, 1}} {
-		if got := len(notFour(c.voters, ready[:c.ready])); got != c.want {
-			t.Errorf("%d voters and %d ready: %d, want %d", c.voters, c.ready, got, c.want)
 		}
 	}
 }

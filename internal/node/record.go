@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"slices"
@@ -19,12 +20,13 @@ import (
 )
 
 // recordClient proposes to the cluster's record from any node, exactly once, and
-// reads this node's replica of it.
+// reads this node's replica of it, if it has one.
 type recordClient struct {
-	g   *group.Group
-	h   *group.Host
-	ep  *rpc.Endpoint
-	log *slog.Logger
+	g      *group.Group // nil on a client node
+	h      *group.Host
+	ep     *rpc.Endpoint
+	others func() []ids.Node // that store; this node may be among them
+	log    *slog.Logger
 
 	mu     sync.Mutex
 	client uint64
@@ -32,12 +34,27 @@ type recordClient struct {
 	flying map[uint64]struct{}
 }
 
-const methodPropose = "record.propose"
+const (
+	methodPropose = "record.propose" // an encoded record.Command -> record.Result; the leader answers
+	methodForward = "record.forward" // the same; any node that stores answers, and asks the leader
+)
 
-func newRecordClient(h *group.Host, g *group.Group, ep *rpc.Endpoint, log *slog.Logger) *recordClient {
-	r := &recordClient{g: g, h: h, ep: ep, log: log, client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
-	ep.Handle(methodPropose, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
+func newRecordClient(n *Node) *recordClient {
+	r := &recordClient{g: n.rec, h: n.host, ep: n.ep, others: n.askFirst, log: n.part("record"), client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
+	if n.disk.Role != record.RoleStore {
+		return r
+	}
+	r.ep.Handle(methodPropose, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
 		res, err := r.local(ctx, req)
+		return res, nil, err
+	})
+	r.ep.Handle(methodForward, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
+		res, err := r.local(ctx, req)
+		var no *group.NotLeaderError
+		if errors.As(err, &no) && no.Leader != 0 {
+			res = &record.Result{}
+			_, err = r.ep.Call(ctx, no.Leader, methodPropose, rawItem(req), nil, res)
+		}
 		return res, nil, err
 	})
 	return r
@@ -84,23 +101,10 @@ func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result
 	if err != nil {
 		return nil, err
 	}
-	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
-		var res *record.Result
-		leader, _ := r.g.Leader()
-		switch leader {
-		case 0:
-			err = errs.E(errs.NoQuorum, "record", "", "too few storing nodes answer to elect a leader").WithRemedy("unum status")
-		case r.ep.Self():
-			res, err = r.local(ctx, cmd)
-		default:
-			res = &record.Result{}
-			_, err = r.ep.Call(ctx, leader, methodPropose, rawItem(cmd), nil, res)
-		}
+	for try, wait := 0, 5*time.Millisecond; ; try, wait = try+1, min(2*wait, 200*time.Millisecond) {
+		res, err := r.ask(ctx, try, cmd)
 		if err == nil {
-			if res.Refusal.Err != 0 {
-				return res, res.Refusal.Error("", "")
-			}
-			return res, nil
+			return res, res.Refusal.Error("", "")
 		}
 		switch errs.ClassOf(err) {
 		case errs.NotLeader, errs.Unavailable, errs.Timeout, errs.NoQuorum, errs.Busy:
@@ -115,6 +119,33 @@ func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result
 			return nil, err
 		}
 	}
+}
+
+// ask makes one attempt: at the leader, if this replica knows one, and every
+// second time through another node that stores, which may know better: a
+// replica that was taken out of the group, or that a node never had, does not.
+func (r *recordClient) ask(ctx context.Context, try int, cmd []byte) (*record.Result, error) {
+	var leader ids.Node
+	if r.g != nil {
+		leader, _ = r.g.Leader()
+	}
+	res := &record.Result{}
+	if leader == r.ep.Self() {
+		return r.local(ctx, cmd)
+	}
+	if leader != 0 && try%2 == 0 {
+		_, err := r.ep.Call(ctx, leader, methodPropose, rawItem(cmd), nil, res)
+		return res, err
+	}
+	others := slices.DeleteFunc(r.others(), func(p ids.Node) bool { return p == r.ep.Self() })
+	if len(others) == 0 {
+		return nil, errs.E(errs.NoQuorum, "record", "", "too few storing nodes answer to elect a leader").WithRemedy("unum status")
+	}
+	_, err := r.ep.Call(ctx, others[try/2%len(others)], methodForward, rawItem(cmd), nil, res)
+	if errs.Has(err, errs.NotLeader) {
+		err = errs.E(errs.NoQuorum, "record", "", "too few storing nodes answer to elect a leader").WithRemedy("unum status")
+	}
+	return res, err
 }
 
 // rawItem sends an encoded command as it is.

@@ -9,6 +9,7 @@ import (
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/rpc"
 	"github.com/unum-os/unum/internal/wire"
 )
 
@@ -20,7 +21,7 @@ const (
 	// the next: half, so that a node may be off for as long as the other half.
 	renewBefore = identity.NodeValidity / 2
 	// renewAgain is how often it asks when nobody could answer.
-	renewAgain = time.Minute
+	renewAgain = 5 * time.Second
 	// renewLimit bounds one attempt.
 	renewLimit = 5 * time.Second
 )
@@ -48,9 +49,16 @@ func (n *Node) renew(ctx context.Context) error {
 		return err
 	}
 	var r renewReply
-	for _, p := range n.askFirst() {
-		if _, err = n.ep.Call(ctx, p, methodRenew, renewRequest{csr}, nil, &r); err == nil {
-			break
+	if over := time.Now().After(n.holder.NotAfter()); over && n.disk.Role != record.RoleStore {
+		r.Cert, err = n.renewAtTheDoor(ctx, csr)
+	} else {
+		for _, p := range n.askFirst() {
+			if _, err = n.ep.Call(ctx, p, methodRenew, renewRequest{csr}, nil, &r); err == nil {
+				break
+			}
+		}
+		if err != nil && over {
+			r.Cert, err = n.renewAtTheDoor(ctx, csr)
 		}
 	}
 	if err != nil {
@@ -69,36 +77,55 @@ func (n *Node) renew(ctx context.Context) error {
 	return nil
 }
 
-// serveRenew signs for a member the key with which it joined. What this replica
-// knows is enough: neither the authority nor a member's key ever changes.
+// renewAtTheDoor asks as a machine without a certificate: nobody would hear this
+// node by the one that has ended.
+func (n *Node) renewAtTheDoor(ctx context.Context, csr []byte) ([]byte, error) {
+	q := wire.MustMarshal(joinRequest{CSR: csr, Renew: n.id})
+	err := error(errs.E(errs.Unavailable, "renew certificate", n.id.String(), "no other node is known"))
+	for _, p := range n.askFirst() {
+		addr, ok := n.resolve(p)
+		if !ok || p == n.id {
+			continue
+		}
+		var b []byte
+		if b, _, err = rpc.Join(ctx, addr, n.holder.Trust().Fingerprint(), q); err != nil {
+			continue
+		}
+		var r joinReply
+		if err = wire.Unmarshal(b, &r); err == nil {
+			return r.Cert, nil
+		}
+	}
+	return nil, err
+}
+
+// serveRenew signs for a member the key with which it joined.
 func (n *Node) serveRenew(_ context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
 	var q renewRequest
 	if err := wire.Unmarshal(req, &q); err != nil {
 		return nil, nil, err
 	}
-	pub, err := identity.RequestKey(q.CSR)
-	if err != nil {
-		return nil, nil, err
-	}
-	m, err := n.record.view().Member(from)
-	if err != nil {
-		return nil, nil, err
-	}
-	if m.State != record.Joining && m.State != record.Active || m.Key != sha256.Sum256(pub) {
-		return nil, nil, errs.E(errs.Unauthorized, "renew certificate", from.String(), "it is no member with this key")
-	}
-	info, err := n.record.view().Info()
-	if err != nil {
-		return nil, nil, err
-	}
-	ca, err := identity.ParseCA(info.CACert, info.CAKey)
-	if err != nil {
-		return nil, nil, err
-	}
-	role := identity.RoleStore
-	if m.Role == record.RoleClient {
-		role = identity.RoleClient
-	}
-	cert, err := ca.Sign(q.CSR, from, role, time.Now())
+	cert, err := n.renewal(from, q.CSR)
 	return renewReply{cert}, nil, err
+}
+
+// renewal gives a member a certificate for the key with which it joined. What
+// this replica knows is enough: a member's key and role never change.
+func (n *Node) renewal(p ids.Node, csr []byte) ([]byte, error) {
+	pub, err := identity.RequestKey(csr)
+	if err != nil {
+		return nil, err
+	}
+	m, err := n.record.view().Member(p)
+	if err != nil {
+		return nil, err
+	}
+	if !m.State.Belongs() || m.Key != sha256.Sum256(pub) {
+		return nil, errs.E(errs.Unauthorized, "renew certificate", p.String(), "it is no member with this key")
+	}
+	ca, err := n.authority()
+	if err != nil {
+		return nil, err
+	}
+	return ca.Sign(csr, p, identity.Role(m.Role.String()), time.Now())
 }

@@ -9,9 +9,9 @@ import (
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
-	"github.com/unum-os/unum/internal/group"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/quorum"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/wire"
 )
@@ -23,8 +23,6 @@ const (
 	VerbHealthy = "healthy" // -> nothing, or an error that says what is not
 )
 
-const methodSelf = "node.self" // -> Self
-
 // GroupStatus is one replicated group as one node sees it.
 type GroupStatus struct {
 	Group   ids.Group  `cbor:"1,keyasint" json:"group"`
@@ -33,6 +31,9 @@ type GroupStatus struct {
 	Term    uint64     `cbor:"4,keyasint" json:"term"`
 	Applied uint64     `cbor:"5,keyasint" json:"applied"`
 	Voters  []ids.Node `cbor:"6,keyasint" json:"voters"`
+
+	Learners []ids.Node `cbor:"7,keyasint,omitempty" json:"learners,omitempty"`
+	Joint    bool       `cbor:"8,keyasint,omitempty" json:"joint,omitempty"` // a change of the voters is under way
 }
 
 // Self is what a node says of itself.
@@ -45,6 +46,7 @@ type Self struct {
 	Free     int64         `cbor:"6,keyasint" json:"free_bytes"`
 	Jobs     int           `cbor:"7,keyasint" json:"jobs"`
 	UptimeNs int64         `cbor:"8,keyasint" json:"uptime_ns"`
+	Whole    bool          `cbor:"9,keyasint,omitempty" json:"whole"` // it has every block that is due
 }
 
 // Peer is a member as the asked node sees it. Self is nil if it does not answer.
@@ -70,6 +72,8 @@ type Status struct {
 type TokenRequest struct {
 	Uses     uint32 `cbor:"1,keyasint"`
 	Lifetime int64  `cbor:"2,keyasint"` // nanoseconds
+
+	Role record.Role `cbor:"3,keyasint,omitempty"` // what they may become; 0: anything
 }
 
 // TokenReply gives it, and the address to join at.
@@ -112,12 +116,15 @@ func (n *Node) serveControl() {
 
 // self describes this node.
 func (n *Node) self() Self {
-	s := Self{Node: n.id, Mounted: n.mounted.Load(), Session: n.venus.Ready(), Missing: n.blocks.Missing(),
-		Jobs: len(n.manager.Jobs()), UptimeNs: int64(time.Since(n.began))}
-	s.Free, _ = n.segs.Free()
-	for _, g := range []*group.Group{n.rec, n.root} {
+	s := Self{Node: n.id, Mounted: n.mounted.Load(), UptimeNs: int64(time.Since(n.began))}
+	if n.disk.Role == record.RoleStore {
+		s.Session, s.Missing, s.Whole, s.Jobs = n.venus.Ready(), n.blocks.Missing(), n.blocks.Whole(), len(n.manager.Jobs())
+		s.Free, _ = n.segs.Free()
+	}
+	for _, g := range n.groups() {
 		st := g.Status()
-		s.Groups = append(s.Groups, GroupStatus{Group: g.ID(), Role: st.Role.String(), Leader: st.Leader, Term: st.Term, Applied: st.Applied, Voters: st.Voters})
+		s.Groups = append(s.Groups, GroupStatus{Group: g.ID(), Role: st.Role.String(), Leader: st.Leader, Term: st.Term, Applied: st.Applied,
+			Voters: st.Voters, Learners: st.Learners, Joint: st.Joint})
 	}
 	return s
 }
@@ -133,7 +140,7 @@ func (n *Node) status(ctx context.Context) Status {
 	var wg sync.WaitGroup
 	for i, m := range ms {
 		p := &st.Peers[i]
-		p.Member, p.Alive = m, n.members.IsAlive(m.ID)
+		p.Member, p.Alive = m, n.alive(m.ID)
 		for _, l := range loads {
 			if l.Node == m.ID {
 				p.Load, p.CPUs = l.PerCPU(), l.CPUs
@@ -158,6 +165,13 @@ func (n *Node) status(ctx context.Context) Status {
 
 // healthy returns nil when this node does all it is there for.
 func (n *Node) healthy() error {
+	m, ok := (*n.known.Load())[n.id]
+	if n.disk.Role == record.RoleClient {
+		if !ok || m.State != record.Active {
+			return errs.E(errs.Unavailable, "health", n.id.String(), "it is not admitted to the cluster yet, or no storing node answers")
+		}
+		return nil
+	}
 	r := n.root.Status()
 	alive := 0
 	for _, v := range r.Voters {
@@ -165,14 +179,15 @@ func (n *Node) healthy() error {
 			alive++
 		}
 	}
-	m, ok := (*n.known.Load())[n.id]
 	switch {
 	case r.Leader == 0 && len(r.Voters) > 0:
 		return errs.E(errs.NoQuorum, "health", n.id.String(), "the root volume has no leader: %d of its %d storing nodes are alive", alive, len(r.Voters)).
 			WithRemedy("start the missing nodes (unum nodes lists them); a majority must be up")
-	case !ok || m.State != record.Active:
+	case !ok || m.State == record.Joining || !m.State.Belongs():
 		return errs.E(errs.Unavailable, "health", n.id.String(), "it is not admitted to the cluster yet")
-	case !slices.Contains(r.Voters, n.id) && len(r.Voters) < votersFor(len(n.current())):
+	case n.disk.Role == record.RoleWitness:
+		return nil
+	case m.State == record.Active && !slices.Contains(r.Voters, n.id) && len(r.Voters) < n.seats():
 		return errs.E(errs.Unavailable, "health", n.id.String(), "it has no vote in the root volume's group yet")
 	case !n.venus.Ready():
 		return errs.E(errs.Unavailable, "health", n.id.String(), "it has no session with the root volume's leader, n%d", r.Leader)
@@ -180,6 +195,16 @@ func (n *Node) healthy() error {
 		return errs.E(errs.Unavailable, "health", n.id.String(), "%s is not mounted", n.cfg.Mount)
 	}
 	return nil
+}
+
+// seats returns how many votes the groups should have.
+func (n *Node) seats() int {
+	storing, witness := 0, false
+	for _, m := range n.current() {
+		storing += map[bool]int{true: 1}[m.Role == record.RoleStore && m.State != record.Leaving]
+		witness = witness || m.Role == record.RoleWitness
+	}
+	return quorum.Seats(storing, witness)
 }
 
 // token makes a join token and puts its hash into the record.
@@ -190,10 +215,13 @@ func (n *Node) token(ctx context.Context, q *TokenRequest) (TokenReply, error) {
 	if q.Lifetime <= 0 {
 		q.Lifetime = int64(24 * time.Hour)
 	}
+	if q.Role == 0 {
+		q.Role = record.RoleStore
+	}
 	t, err := identity.NewToken(n.holder.Trust().Fingerprint())
 	if err != nil {
 		return TokenReply{}, err
 	}
-	_, err = n.record.do(ctx, record.Command{AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: time.Now().UnixNano() + q.Lifetime, Role: record.RoleStore}})
+	_, err = n.record.do(ctx, record.Command{AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: time.Now().UnixNano() + q.Lifetime, Role: q.Role}})
 	return TokenReply{Token: t.String(), Addr: n.disk.Addr}, err
 }

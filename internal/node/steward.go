@@ -2,25 +2,15 @@ package node
 
 import (
 	"context"
-	"slices"
+	"fmt"
 	"time"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/quorum"
 	"github.com/unum-os/unum/internal/record"
 )
-
-// votersFor is how many of n members vote: 2f+1 with f by P2, all of two.
-func votersFor(n int) int {
-	switch {
-	case n <= 2:
-		return n
-	case n < 5:
-		return 3
-	}
-	return 5
-}
 
 const (
 	// settling is how long after its start a node does not judge whom it has not
@@ -30,120 +20,179 @@ const (
 	// have been noticed before the record knew of all of them, or by a leader
 	// that died before it had told.
 	buryAgain = 5 * time.Second
+	// grace is how long a voter may be silent before another takes its seat: a
+	// machine that is started anew is back before, and its blocks need not be
+	// copied.
+	grace = time.Minute
+	// stewardTick is how often the steward looks; what it is told of (members,
+	// liveness) makes it look at once.
+	stewardTick = time.Second
+	// stewardAgain is how soon it looks again while something is under way.
+	stewardAgain = 50 * time.Millisecond
 )
 
 // steward brings the voters of the groups that this node leads into line with
-// the members, one step at a time: new members become learners, the first of
-// them voters once they have caught up; then they are members in full. Leading
-// the record, it tells it which jobs died with their nodes. It keeps this node's
-// certificate good.
+// the members, one step of package quorum at a time. Leading the record, it
+// makes those members that joined and have their place, and tells it which jobs
+// died with their nodes. It keeps this node's certificate good, and the
+// authority's key where it belongs.
 func (n *Node) steward(ctx context.Context) error {
-	buried := map[ids.Node]time.Time{} // when last
-	var renewed time.Time              // when last tried
-	for {
-		pause(ctx, 200*time.Millisecond)
-		if ctx.Err() != nil {
-			return nil
+	s := steward{n: n, buried: map[ids.Node]time.Time{}, silent: map[ids.Node]time.Time{}, keys: guardian{given: map[ids.Node]uint64{}, since: n.began}}
+	tick := time.NewTicker(stewardTick)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		if s.look(ctx) {
+			pause(ctx, stewardAgain)
+			continue
 		}
-		n.noteMove(ctx)
-		if now := time.Now(); n.holder.NotAfter().Sub(now) < renewBefore && now.Sub(renewed) > renewAgain {
-			renewed = now
-			if err := n.renew(ctx); err != nil && ctx.Err() == nil {
-				n.cfg.Log.Warn("the certificate is not renewed yet", "ends", n.holder.NotAfter(), "err", err)
-			}
+		select {
+		case <-ctx.Done():
+		case <-tick.C:
+		case <-n.stir:
 		}
-		members := n.current()
-		for _, g := range []*group.Group{n.rec, n.root} {
-			if g.IsLeader() {
-				if err := n.tend(ctx, g, members); err != nil && ctx.Err() == nil {
-					n.cfg.Log.Debug("voters not changed yet", "group", uint64(g.ID()), "err", err)
-				}
-			}
+	}
+	return nil
+}
+
+// nudge makes the steward look.
+func (n *Node) nudge() {
+	select {
+	case n.stir <- struct{}{}:
+	default:
+	}
+}
+
+// steward is what the loop remembers.
+type steward struct {
+	n       *Node
+	buried  map[ids.Node]time.Time // when last
+	silent  map[ids.Node]time.Time // since when
+	renewed time.Time              // when last tried
+	keys    guardian
+}
+
+// look does what is due and reports whether there may soon be more.
+func (s *steward) look(ctx context.Context) bool {
+	n := s.n
+	s.renew(ctx)
+	n.noteMove(ctx)
+	n.guard(ctx, &s.keys)
+	members := n.current()
+	for _, m := range members {
+		if m.ID == n.id || n.alive(m.ID) {
+			delete(s.silent, m.ID)
+		} else if s.silent[m.ID].IsZero() {
+			s.silent[m.ID] = time.Now()
 		}
-		if n.rec.IsLeader() {
-			n.admit(ctx, members)
-			if time.Since(n.began) > settling {
-				n.bury(ctx, members, buried)
-			}
+	}
+	busy := false
+	for _, g := range n.groups() {
+		if !g.IsLeader() {
+			continue
+		}
+		done, err := s.tend(ctx, g, members)
+		if err != nil && ctx.Err() == nil {
+			n.cfg.Log.Debug("voters not changed yet", "group", uint64(g.ID()), "err", err)
+		}
+		busy = busy || !done
+	}
+	if n.rec != nil && n.rec.IsLeader() && n.disk.Role == record.RoleStore {
+		busy = n.admit(ctx, members) || busy
+		if time.Since(n.began) > settling {
+			s.bury(ctx, members)
+		}
+	}
+	return busy
+}
+
+// renew asks for the next certificate when it is time.
+func (s *steward) renew(ctx context.Context) {
+	n := s.n
+	if now := time.Now(); n.holder.NotAfter().Sub(now) < renewBefore && now.Sub(s.renewed) > renewAgain {
+		s.renewed = now
+		if err := n.renew(ctx); err != nil && ctx.Err() == nil {
+			n.cfg.Log.Warn("the certificate is not renewed yet", "ends", n.holder.NotAfter(), "err", err)
 		}
 	}
 }
 
 // bury has the jobs of dead members marked lost: at once, and again for as long
 // as they are dead. What became of this node's own is the manager's to know.
-func (n *Node) bury(ctx context.Context, members []record.Member, buried map[ids.Node]time.Time) {
+func (s *steward) bury(ctx context.Context, members []record.Member) {
+	n := s.n
 	for _, m := range members {
-		if m.ID == n.id || n.members.IsAlive(m.ID) {
-			delete(buried, m.ID)
+		if m.Role != record.RoleStore || s.silent[m.ID].IsZero() {
+			delete(s.buried, m.ID)
 			continue
 		}
-		if time.Since(buried[m.ID]) < buryAgain {
+		if time.Since(s.buried[m.ID]) < buryAgain {
 			continue
 		}
-		buried[m.ID] = time.Now()
+		s.buried[m.ID] = time.Now()
 		if err := n.manager.NodeDead(ctx, m.ID); err != nil && ctx.Err() == nil {
 			n.cfg.Log.Warn("its jobs are not marked lost yet", "member", m.ID.String(), "err", err)
 		}
 	}
 }
 
-// tend makes one step for one group.
-func (n *Node) tend(ctx context.Context, g *group.Group, members []record.Member) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	st := g.Status()
-	want := votersFor(len(members))
+// seats says of the members what the rules of quorum ask.
+func (s *steward) seats(st group.Status, members []record.Member) []quorum.Member {
+	var out []quorum.Member
 	for _, m := range members {
-		if m.Role != record.RoleStore || slices.Contains(st.Voters, m.ID) {
+		if m.Role == record.RoleClient {
 			continue
 		}
-		if !n.members.IsAlive(m.ID) {
-			continue
-		}
-		if !slices.Contains(st.Learners, m.ID) {
-			return g.AddLearner(ctx, m.ID)
-		}
+		since := s.silent[m.ID]
+		out = append(out, quorum.Member{ID: m.ID, Witness: m.Role == record.RoleWitness, Leaving: m.State == record.Leaving,
+			Alive: since.IsZero(), Missed: !since.IsZero() && time.Since(since) > s.n.grace, CaughtUp: st.Progress[m.ID].CaughtUp})
 	}
-	var ready []ids.Node
-	for _, m := range members {
-		if len(st.Voters)+len(ready) < want && slices.Contains(st.Learners, m.ID) && n.members.IsAlive(m.ID) {
-			ready = append(ready, m.ID)
-		}
-	}
-	ready = notFour(len(st.Voters), ready)
-	if len(ready) == 0 {
-		return nil
-	}
-	err := g.Promote(ctx, ready...)
-	if few := notFour(len(st.Voters), ready[:1]); errs.Has(err, errs.Busy) && len(ready) > 1 && len(few) > 0 {
-		err = g.Promote(ctx, few...) // those that have not caught up come later
-	}
-	return err
+	return out
 }
 
-// notFour leaves the last of ready out if with it there were four voters, who
-// bear no more than three do.
-func notFour(voters int, ready []ids.Node) []ids.Node {
-	if len(ready) > 0 && voters+len(ready) == 4 {
-		return ready[:len(ready)-1]
+// tend makes one step for one group, and reports whether there is nothing to do.
+func (s *steward) tend(ctx context.Context, g *group.Group, members []record.Member) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	n, st := s.n, g.Status()
+	step := quorum.Next(quorum.Group{Leader: n.id, Voters: st.Voters, Learners: st.Learners, Joint: st.Joint}, s.seats(st, members))
+	switch step.Kind {
+	case quorum.AddLearner:
+		return false, g.AddLearner(ctx, step.Add[0])
+	case quorum.Reseat:
+		for _, a := range step.Add { // before they vote, whoever dies then
+			if (*n.known.Load())[a].Role == record.RoleWitness {
+				continue
+			}
+			if err := n.entrust(ctx, a); err != nil {
+				return false, err
+			}
+		}
+		return false, g.Reseat(ctx, step.Add, step.Demote, step.Drop)
+	case quorum.Drop:
+		return false, g.Reseat(ctx, nil, nil, step.Drop)
+	case quorum.Transfer:
+		return false, g.TransferLeadership(ctx, step.Add[0])
 	}
-	return ready
+	if step.Why != "" {
+		return false, errs.E(errs.Busy, "change voters", fmt.Sprint("group ", g.ID()), "%s", step.Why)
+	}
+	return true, nil
 }
 
 // admit makes members of those that joined and have their place in the groups.
-func (n *Node) admit(ctx context.Context, members []record.Member) {
-	st := n.rec.Status()
+func (n *Node) admit(ctx context.Context, members []record.Member) bool {
+	did := false
 	for _, m := range members {
-		if m.State != record.Joining || m.ID != n.id && !n.members.IsAlive(m.ID) {
-			continue
-		}
-		if !slices.Contains(st.Voters, m.ID) && !slices.Contains(st.Learners, m.ID) {
+		if m.State != record.Joining || m.Role != record.RoleClient && !n.placed(m.ID) {
 			continue
 		}
 		if _, err := n.record.do(ctx, record.Command{UpdateMember: &record.UpdateMember{Node: m.ID, State: record.Active}}); err != nil {
 			n.cfg.Log.Debug("member not admitted yet", "member", m.ID.String(), "err", err)
+			continue
 		}
+		did = true
 	}
+	return did
 }
 
 // noteMove tells the record when this node's address or host name has changed.

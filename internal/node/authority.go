@@ -1,0 +1,150 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// The authority's private key is on the disks of the voters that store, and
+// nowhere else: not in the record, whose log and snapshots reach more nodes. The
+// leader gives it to a node before it makes it a voter; a node that has not been
+// a voter for a while removes it.
+const (
+	methodEntrust   = "node.entrust"   // entrustment -> nothing; leader to a (future) voter
+	methodAuthority = "node.authority" // nothing -> entrustment; a voter that lost its file
+)
+
+type entrustment struct {
+	Key []byte `cbor:"1,keyasint"` // PEM
+}
+
+// keepKeyFor is how long a node that is no voter any more keeps the authority's
+// key: longer than it may take from being entrusted to the vote.
+const keepKeyFor = time.Minute
+
+// authority returns the cluster's authority, with which certificates are signed.
+// Class Unavailable: this node does not hold it.
+func (n *Node) authority() (*identity.CA, error) {
+	key, err := identity.Load(n.cfg.path(fileCAKey))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, errs.E(errs.Unavailable, "sign", n.id.String(), "this node does not hold the cluster's authority: ask a voter")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return identity.ParseCA(n.holder.Trust().CertPEM(), key)
+}
+
+// keep stores the authority's key, if it is that of this cluster.
+func (n *Node) keep(key []byte) error {
+	if _, err := identity.ParseCA(n.holder.Trust().CertPEM(), key); err != nil {
+		return err
+	}
+	return identity.Save(n.cfg.path(fileCAKey), key)
+}
+
+// entrust gives the authority's key to a node that is to vote.
+func (n *Node) entrust(ctx context.Context, to ids.Node) error {
+	if to == n.id {
+		return nil
+	}
+	ca, err := n.authority()
+	if err != nil {
+		return err
+	}
+	_, err = n.ep.Call(ctx, to, methodEntrust, entrustment{ca.KeyPEM()}, nil, nil)
+	return err
+}
+
+func (n *Node) serveEntrust(_ context.Context, _ ids.Node, req, _ []byte) (any, []byte, error) {
+	var q entrustment
+	if err := wire.Unmarshal(req, &q); err != nil {
+		return nil, nil, err
+	}
+	if n.disk.Role != record.RoleStore {
+		return nil, nil, errs.E(errs.Invalid, "keep the authority's key", n.id.String(), "it is a %s node", n.disk.Role)
+	}
+	return nil, nil, n.keep(q.Key)
+}
+
+func (n *Node) serveAuthority(_ context.Context, from ids.Node, _, _ []byte) (any, []byte, error) {
+	if m := (*n.known.Load())[from]; m.Role != record.RoleStore || !slices.Contains(n.rec.Status().Voters, from) {
+		return nil, nil, errs.E(errs.Unauthorized, "ask for the authority's key", from.String(), "it is no voter that stores")
+	}
+	ca, err := n.authority()
+	if err != nil {
+		return nil, nil, err
+	}
+	return entrustment{ca.KeyPEM()}, nil, nil
+}
+
+// guardian is what the steward remembers of the authority's key.
+type guardian struct {
+	given map[ids.Node]uint64 // in which term of ours
+	since time.Time           // when this node was last a voter
+}
+
+// guard sees to it that the voters that store hold the authority's key, and
+// nobody else does for long.
+func (n *Node) guard(ctx context.Context, g *guardian) {
+	if n.disk.Role != record.RoleStore {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	st := n.rec.Status()
+	_, err := os.Lstat(n.cfg.path(fileCAKey))
+	has := err == nil
+	if !slices.Contains(st.Voters, n.id) {
+		if has && !n.disk.Founding && time.Since(g.since) > keepKeyFor {
+			if err := os.Remove(n.cfg.path(fileCAKey)); err != nil {
+				n.cfg.Log.Warn("the authority's key is not removed yet", "err", err)
+			}
+		}
+		return
+	}
+	g.since = time.Now()
+	if !has {
+		if err := n.fetchAuthority(ctx, st.Voters); err != nil && ctx.Err() == nil {
+			n.cfg.Log.Warn("this voter does not hold the authority's key yet", "err", err)
+		}
+		return
+	}
+	if !n.rec.IsLeader() {
+		clear(g.given)
+		return
+	}
+	for _, v := range st.Voters {
+		if m := (*n.known.Load())[v]; v == n.id || m.Role != record.RoleStore || g.given[v] == st.Term || !n.alive(v) {
+			continue
+		}
+		if err := n.entrust(ctx, v); err != nil {
+			n.cfg.Log.Debug("voter not entrusted yet", "member", v.String(), "err", err)
+			continue
+		}
+		g.given[v] = st.Term
+	}
+}
+
+func (n *Node) fetchAuthority(ctx context.Context, voters []ids.Node) error {
+	err := error(errs.E(errs.Unavailable, "ask for the authority's key", "", "no other voter is alive"))
+	for _, v := range voters {
+		if v == n.id || !n.alive(v) {
+			continue
+		}
+		var r entrustment
+		if _, err = n.ep.Call(ctx, v, methodAuthority, nil, nil, &r); err == nil {
+			return n.keep(r.Key)
+		}
+	}
+	return err
+}

@@ -1,0 +1,228 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/record"
+)
+
+// join makes another node of n's cluster and starts it.
+func join(t *testing.T, ctx context.Context, n *Node, role record.Role) (*Node, Config, func()) {
+	t.Helper()
+	tok, err := n.token(ctx, &TokenRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := config(t)
+	cfg.Role = role
+	if err := Join(ctx, cfg, n.cfg.Addr, tok.Token); err != nil {
+		t.Fatal(err)
+	}
+	m, stop := start(t, cfg)
+	return m, cfg, stop
+}
+
+// voters waits until the groups of n have these voters, and n knows a leader.
+func voters(t *testing.T, n *Node, want ...ids.Node) {
+	t.Helper()
+	await(t, "the voters are as they should be", func() bool {
+		for _, g := range n.groups() {
+			if st := g.Status(); st.Leader == 0 || st.Joint || !slices.Equal(st.Voters, want) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func holdsAuthority(cfg Config) bool {
+	_, err := os.Lstat(cfg.path(fileCAKey))
+	return err == nil
+}
+
+// Nodes come, leave in good order and are put out; voters follow, and the
+// authority's key with them. The last survivor goes on alone.
+func TestComeAndGo(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	n1, cfg1 := founded(t)
+	n2, cfg2, _ := join(t, ctx, n1, record.RoleStore)
+	n3, cfg3, stop3 := join(t, ctx, n1, record.RoleStore)
+	n4, cfg4, _ := join(t, ctx, n1, record.RoleStore)
+	for _, n := range []*Node{n1, n2, n3, n4} {
+		settled(t, n, 4)
+	}
+	voters(t, n1, 1, 2, 3)
+	for i, c := range []Config{cfg1, cfg2, cfg3, cfg4} {
+		if holdsAuthority(c) != (i < 3) {
+			t.Fatalf("n%d holds the authority's key: %v", i+1, i >= 3)
+		}
+	}
+
+	// The leader leaves; the fourth takes its seat.
+	var said []string
+	if err := n1.Leave(ctx, func(s string) { said = append(said, s) }); err != nil {
+		t.Fatal(err, said)
+	}
+	await(t, "n1's directory is no node's", func() bool {
+		_, err := os.Lstat(cfg1.path(fileNode))
+		return os.IsNotExist(err)
+	})
+	voters(t, n2, 2, 3, 4)
+	await(t, "n1 has left", func() bool { return (*n2.known.Load())[1].State == record.Left })
+	await(t, "n4 holds the authority's key", func() bool { return holdsAuthority(cfg4) })
+	if len(said) == 0 || !strings.Contains(said[len(said)-1], "stops") {
+		t.Errorf("it said %q", said)
+	}
+	if m, err := filepath.Glob(filepath.Join(cfg1.Dir, "*")); err != nil || slices.ContainsFunc(m, func(f string) bool { return filepath.Base(f) != "sock" }) {
+		t.Errorf("left behind: %v %v", m, err)
+	}
+
+	// One dies for good and is put out.
+	if err := n2.Remove(ctx, 3, false); !errs.Has(err, errs.Busy) {
+		t.Fatalf("removal of a live node: %v", err)
+	}
+	stop3()
+	await(t, "n3 is dead", func() bool { return !n2.alive(3) })
+	if err := n2.Remove(ctx, 3, false); err != nil {
+		t.Fatal(err)
+	}
+	voters(t, n2, 2, 4)
+	back, err := Open(cfg3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bctx, bcancel := context.WithCancelCause(ctx)
+	back.end = bcancel
+	bended := make(chan error, 1)
+	go func() { bended <- back.run(bctx, bcancel, []part{{"rpc", back.ep.Run}}) }()
+	if _, err := back.ep.Call(ctx, 2, methodSelf, nil, nil, nil); err == nil {
+		t.Error("one that was put out is heard")
+	}
+	bcancel(nil)
+	if err := <-bended; err != nil {
+		t.Error(err)
+	}
+
+	// The survivor of a clean leave goes on alone.
+	if err := n4.Leave(ctx, func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	voters(t, n2, 2)
+	if _, err := n2.token(ctx, &TokenRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := n2.Leave(ctx, func(string) {}); !errs.Has(err, errs.Invalid) {
+		t.Fatalf("the last one leaves: %v", err)
+	}
+	// And a machine that left may come again, under a new number.
+	tok, err := n2.token(ctx, &TokenRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Join(ctx, cfg1, cfg2.Addr, tok.Token); err != nil {
+		t.Fatal(err)
+	}
+	again, _ := start(t, cfg1)
+	if again.id != 5 {
+		t.Fatalf("it came back as %v", again.id)
+	}
+	voters(t, n2, 2, 5)
+}
+
+// A dead voter's seat goes to a spare node, and stays there when it returns.
+func TestDeadVoterIsReplaced(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	n1.grace = time.Second
+	join(t, ctx, n1, record.RoleStore)
+	n3, cfg3, stop3 := join(t, ctx, n1, record.RoleStore)
+	voters(t, n1, 1, 2, 3)
+	_, cfg4, _ := join(t, ctx, n1, record.RoleStore)
+	settled(t, n1, 4)
+	lead, _ := n1.rec.Leader()
+	if lead == 3 {
+		t.Fatal("n1 does not lead")
+	}
+	stop3()
+	voters(t, n1, 1, 2, 4)
+	if !holdsAuthority(cfg4) {
+		t.Error("n4 votes without the authority's key")
+	}
+	n3, _ = start(t, cfg3)
+	settled(t, n3, 4)
+	await(t, "n3 is a learner", func() bool { return slices.Contains(n3.rec.Status().Learners, 3) })
+	voters(t, n3, 1, 2, 4)
+}
+
+// A client node is a member, holds no keys and no replicas, and is refused what
+// it may not ask for.
+func TestClientNode(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n1, cfg1 := founded(t)
+	c, cfg, stop := join(t, ctx, n1, record.RoleClient)
+	settled(t, c, 2)
+	settled(t, n1, 2)
+	if err := c.healthy(); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []string{fileCAKey, fileVolume, "groups", "blocks"} {
+		if _, err := os.Lstat(cfg.path(f)); !os.IsNotExist(err) {
+			t.Errorf("a client node has %s (%v)", f, err)
+		}
+	}
+	voters(t, n1, 1)
+	for _, m := range []string{methodPropose, methodAuthority, methodEntrust, methodJoin, "vice.open", "block.get", "block.put", "job.list"} {
+		if _, err := c.ep.Call(ctx, 1, m, nil, nil, nil); !errs.Has(err, errs.Unauthorized) {
+			t.Errorf("%s: %v", m, err)
+		}
+	}
+	for _, s := range []string{streamSnap, "gossip", "job"} {
+		if _, err := c.ep.Dial(ctx, 1, s); !errs.Has(err, errs.Unauthorized) {
+			t.Errorf("stream %s: %v", s, err)
+		}
+	}
+	// What it joined by, asked again, does not make it more.
+	tok, err := n1.token(ctx, &TokenRequest{Role: record.RoleClient})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := config(t)
+	other.Role = record.RoleStore
+	if err := Join(ctx, other, cfg1.Addr, tok.Token); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("a client's token makes a storing node: %v", err)
+	}
+	// Its certificate ends while it is off: its key opens the door.
+	stop()
+	b, err := identity.Load(cfg1.path(fileCAKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, err := identity.ParseCA(n1.holder.Trust().CertPEM(), b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	age(t, cfg, ca, c.id, identity.RoleClient, time.Now().Add(-2*identity.NodeValidity))
+	was, err := identity.Load(cfg.path(fileCert))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, _ = start(t, cfg)
+	await(t, "the certificate is a new one", func() bool {
+		now, err := identity.Load(cfg.path(fileCert))
+		return err == nil && !bytes.Equal(was, now)
+	})
+	settled(t, c, 2)
+}

@@ -1,0 +1,151 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/record"
+)
+
+// errLeft ends a node that has left.
+var errLeft = errors.New("this node leaves the cluster")
+
+// Leave takes this node out of the cluster in good order: it takes no more
+// commands, waits until its own have ended, its votes are others' and the others
+// have every block; then it ships what it holds, stops, and its directory is no
+// node's any more. progress is told what is waited for. It returns when the node
+// begins to stop. If ctx ends before, the node stays, but for Leaving if it may
+// not. Errors: Invalid for the last storing node.
+func (n *Node) Leave(ctx context.Context, progress func(string)) error {
+	if err := n.setState(ctx, n.id, record.Leaving); err != nil {
+		return err
+	}
+	last := ""
+	for {
+		why, err := n.holding(ctx)
+		switch {
+		case err != nil && ctx.Err() == nil:
+			why = "for an answer: " + firstLine(err)
+		case err == nil && why == "":
+			progress("nothing is left to do: this node stops")
+			n.goes.Store(true)
+			n.end(errLeft)
+			return nil
+		}
+		if ctx.Err() != nil {
+			sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+			defer cancel()
+			if err := n.setState(sctx, n.id, record.Active); err != nil {
+				return errs.Wrap(err, "stay in the cluster", n.id.String())
+			}
+			return errs.E(errs.Interrupted, "leave the cluster", n.id.String(), "interrupted while waiting %s; it stays", why)
+		}
+		if why != last {
+			progress("waiting " + why)
+			last = why
+		}
+		pause(ctx, 200*time.Millisecond)
+	}
+}
+
+// Remove puts a node out of the cluster that will never come back: it is refused
+// from now on, its votes go to others, and what it alone had is lost. Errors:
+// NotFound; Busy if it is alive and force is not set; Invalid for the last
+// storing node.
+func (n *Node) Remove(ctx context.Context, p ids.Node, force bool) error {
+	m, ok := (*n.known.Load())[p]
+	switch {
+	case !ok:
+		return errs.E(errs.NotFound, "remove node", p.String(), "there is no such node").WithRemedy("unum nodes")
+	case p == n.id:
+		return errs.E(errs.Invalid, "remove node", p.String(), "it is this node").WithRemedy("unum leave")
+	case m.State.Belongs() && n.alive(p) && !force:
+		return errs.E(errs.Busy, "remove node", p.String(), "it is alive").
+			WithRemedy("unum leave, on %s; or --force, and it never comes back", m.Hostname)
+	}
+	return n.setState(ctx, p, record.Removed)
+}
+
+func (n *Node) setState(ctx context.Context, p ids.Node, s record.State) error {
+	_, err := n.record.do(ctx, record.Command{UpdateMember: &record.UpdateMember{Node: p, State: s}})
+	return err
+}
+
+// holding says what keeps this node from leaving; "" when nothing does.
+func (n *Node) holding(ctx context.Context) (string, error) {
+	if n.disk.Role == record.RoleClient {
+		return "", nil
+	}
+	leaders, selves, err := n.configs(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, g := range leaders {
+		if g.Joint || slices.Contains(g.Voters, n.id) || slices.Contains(g.Learners, n.id) {
+			return fmt.Sprintf("until others have its place in group %d", g.Group), nil
+		}
+	}
+	if n.disk.Role != record.RoleStore {
+		return "", nil
+	}
+	if jobs := n.manager.Jobs(); len(jobs) > 0 {
+		var list []string
+		for _, j := range jobs {
+			list = append(list, fmt.Sprint(j.Record.Job))
+		}
+		return fmt.Sprintf("for %d commands that run here (unum kill ends one): %s", len(jobs), strings.Join(list[:min(len(list), 10)], " ")), nil
+	}
+	for _, v := range leaders[ids.RootGroup].Voters {
+		if (*n.known.Load())[v].Role == record.RoleWitness {
+			continue
+		}
+		if s, ok := selves[v]; !ok {
+			return fmt.Sprintf("for %v, which does not answer, to have every block", v), nil
+		} else if !s.Whole {
+			return fmt.Sprintf("for %v to have every block (%d are missing)", v, s.Missing), nil
+		}
+	}
+	if err := n.venus.Settle(ctx); err != nil {
+		return "", err
+	}
+	return "", nil
+}
+
+// farewell tells the record, as the last thing a leaving node does, that it has
+// left.
+func (n *Node) farewell(ctx context.Context) error {
+	<-ctx.Done()
+	if !n.goes.Load() {
+		return nil
+	}
+	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if err := n.setState(sctx, n.id, record.Left); err != nil {
+		n.cfg.Log.Error("the cluster was not told that this node has left", "err", err, "try", "unum up, and unum leave again")
+		return nil
+	}
+	n.gone.Store(true)
+	return nil
+}
+
+// forget removes what made the directory a node's. What it kept is on other
+// nodes: leaving has waited for that.
+func (c *Config) forget() error {
+	var failed error
+	for _, p := range []string{fileNode, "identity", "groups", "blocks", fileBallast} { // node.json first: without it there is no node
+		failed = errors.Join(failed, os.RemoveAll(c.path(p)))
+	}
+	return errs.Wrap(failed, "forget the node", c.Dir)
+}
+
+func firstLine(err error) string {
+	s, _, _ := strings.Cut(err.Error(), "\n")
+	return s
+}
