@@ -24,6 +24,7 @@ var layers = [][]string{
 	{"venus"},
 	{"load", "proc"},
 	{"control/cli"},
+	{"config", "daemon", "doctor"},
 	{"node"},
 	{"lab"},
 }
