@@ -1,15 +1,17 @@
 # make build: bin/unum. make test: everything. make demo: see it work.
+# make deb: a Debian package.
 GO ?= go
 export CGO_ENABLED = 0
+VERSION := $(shell scripts/version)
 LDFLAGS = -s -w
 
-.PHONY: build test demo unit cluster deps clean check
+.PHONY: build test demo unit cluster deps clean check deb
 
 build: bin/unum
 
 bin/unum: FORCE
 	@mkdir -p bin
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o cmd/unum/core/unum-core ./cmd/unum-core
+	$(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.release=$(VERSION)' -o cmd/unum/core/unum-core ./cmd/unum-core
 	@sha256sum cmd/unum/core/unum-core | cut -c1-64 > cmd/unum/core/unum-core.id
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/unum ./cmd/unum
 
@@ -23,6 +25,10 @@ test: deps build
 
 clean:
 	rm -rf bin cmd/unum/core/unum-core cmd/unum/core/unum-core.id
+
+# deb: bin/unum_VERSION_ARCH.deb
+deb: build
+	packaging/build-deb bin
 
 demo: deps build
 	scripts/demo

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -17,6 +16,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/fusefs"
 	"github.com/unum-os/unum/internal/lab"
+	"github.com/unum-os/unum/internal/proc/face"
 )
 
 // coded ends the program with a code and nothing said.
@@ -28,13 +28,18 @@ func main() {
 	fusefs.GuardMain()
 	lab.InitMain()
 	ctx := untilSignal()
+	os.Exit(code(ctx, rootCommand().ExecuteContext(ctx)))
+}
+
+// rootCommand is the tree of all commands.
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:     "unum",
 		Short:   "Out of many machines, one computer",
 		Version: version(),
 		Long: `Unum turns a set of Linux machines into one computer: one file tree, /unum, and
 one process table.`,
-		Example: `  unum up                          # a cluster of one
+		Example: `  unum up -d                       # a cluster of one, in the background
   unum token                       # the line to type on the next machine
   unum join alpha:7400 TOKEN       # make this machine a node
   cd /unum && unum run make -j8    # run a command where it costs least
@@ -42,29 +47,11 @@ one process table.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(upCommand(), joinCommand(), tokenCommand(), statusCommand(), nodesCommand(), doctorCommand(), lab.Command(labHooks()))
+	root.AddCommand(upCommand(), joinCommand(), downCommand(), tokenCommand(), statusCommand(), nodesCommand(),
+		configCommand(), doctorCommand(), versionCommand(), manCommand(), lab.Command(labHooks()))
 	root.AddCommand(jobCommands()...)
-	root.AddCommand(
-		&cobra.Command{Use: "run [flags] CMD [ARG...]", Short: "Run a command on the node where it costs least (unum run --help)", DisableFlagParsing: true, RunE: lightOnly},
-		&cobra.Command{Use: "sh [-c STRING]", Short: "A shell whose commands run on the cluster, for make SHELL= and xargs", DisableFlagParsing: true, RunE: lightOnly},
-	)
-	os.Exit(code(ctx, root.ExecuteContext(ctx)))
-}
-
-// version is what the build knows of the source: the commit, and whether it was
-// changed since.
-func version() string {
-	bi, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := bi.Main.Version
-	for _, s := range bi.Settings {
-		if s.Key == "vcs.revision" && !strings.Contains(v, s.Value[:min(12, len(s.Value))]) {
-			v += " " + s.Value
-		}
-	}
-	return v
+	root.AddCommand(lightCommands()...)
+	return root
 }
 
 // signalled is the cause of a context that a signal ended.
@@ -87,9 +74,24 @@ func untilSignal() context.Context {
 	return ctx
 }
 
-// lightOnly stands for verbs that the light face serves before the core starts.
-func lightOnly(cmd *cobra.Command, _ []string) error {
-	return fmt.Errorf("%s is served by the unum binary, not by its core", cmd.Name())
+// lightCommands stand for the verbs that the light face serves before the core
+// starts, so that help, completion and manual know them.
+func lightCommands() []*cobra.Command {
+	light := func(name, use, short string) *cobra.Command {
+		long, example, _ := strings.Cut(face.Usage(name), "\nExamples:\n")
+		_, long, _ = strings.Cut(long, "\n\n") // the first line is the usage
+		if name == "sh" {
+			example = "  make -j8 SHELL=\"unum sh\"\n  xargs -P8 -I{} unum sh -c '{}' < commands"
+		}
+		return &cobra.Command{Use: use, Short: short, Long: long, Example: strings.TrimRight(example, "\n"), DisableFlagParsing: true,
+			RunE: func(*cobra.Command, []string) error {
+				return fmt.Errorf("%s is served by the unum binary, not by its core", name)
+			}}
+	}
+	return []*cobra.Command{
+		light("run", "run [flags] CMD [ARG...]", "Run a command on the node where it costs least (unum run --help)"),
+		light("sh", "sh [-c STRING]", "A shell whose commands run on the cluster, for make SHELL= and xargs"),
+	}
 }
 
 // code says what is to be said of err and returns the exit code: 128+n after

@@ -5,183 +5,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"os"
-	"os/exec"
 	"strings"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/control/cli"
-	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/lab"
 	"github.com/unum-os/unum/internal/node"
 )
-
-// nodeFlags are the flags of up and join.
-func nodeFlags(cmd *cobra.Command, c *node.Config) {
-	f := cmd.Flags()
-	f.StringVar(&c.Dir, "dir", "/var/lib/unum", "the node's data")
-	f.StringVar(&c.Mount, "mount", "/unum", "where the tree appears")
-	f.StringVar(&c.Addr, "addr", "", "host:port at which other nodes reach this one (default: found out, port 7400)")
-	f.Float64Var(&c.Share, "share", 0, "this node's part, 0 to 1, of a machine that several nodes share (0: all of it)")
-	c.Socket = control.Path()
-}
-
-// check says what this machine lacks to be a node, before anything is made.
-func check() error {
-	if os.Geteuid() != 0 {
-		return errs.E(errs.Permission, "start a node", "", "root is needed, to mount the tree and to run commands as their users").WithRemedy("sudo unum %s", strings.Join(os.Args[1:], " "))
-	}
-	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
-	if err != nil {
-		return errs.E(errs.NotSupported, "start a node", "/dev/fuse", "%v", err).WithRemedy("modprobe fuse, or a kernel with FUSE")
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	// A try says more than a list of capabilities: what a job is started with,
-	// and the right to mount with it.
-	try := exec.Command(os.Getenv("UNUM_EXE"), "run", "--help")
-	try.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC}
-	if err := try.Run(); err != nil {
-		return errs.E(errs.Permission, "start a node", "", "this root may neither mount nor make namespaces: %v", err).
-			WithRemedy("in a container, run it with --privileged")
-	}
-	return nil
-}
-
-func fill(c *node.Config) error {
-	c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo}))
-	var err error
-	if c.Hostname, err = os.Hostname(); err != nil {
-		return err
-	}
-	if c.Exe = os.Getenv("UNUM_EXE"); c.Exe == "" {
-		return errs.E(errs.Invalid, "start a node", "", "UNUM_EXE is not set: the core is started by the unum binary")
-	}
-	return check()
-}
-
-// serve runs the node in the foreground.
-func serve(ctx context.Context, c node.Config, greet bool) error {
-	n, err := node.Open(c)
-	if err != nil {
-		return err
-	}
-	done := make(chan error, 1)
-	go func() { done <- n.Run(ctx) }()
-	if greet {
-		go func() {
-			if waitHealthy(ctx, c.Socket) == nil {
-				fmt.Printf("unum: %s is mounted\nto add a machine, type `unum token` here and what it prints there\n", c.Mount)
-			}
-		}()
-	}
-	if err = <-done; err != nil {
-		return err
-	}
-	// A supervisor ends a node by SIGTERM, and that is no failure.
-	if cause := context.Cause(ctx); !errors.Is(cause, signalled(syscall.SIGTERM)) {
-		return cause
-	}
-	return nil
-}
-
-func waitHealthy(ctx context.Context, sock string) error {
-	for {
-		cctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-		err := cli.Call(cctx, sock, node.VerbHealthy, nil, nil)
-		cancel()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-		case <-ctx.Done():
-			return err
-		}
-	}
-}
-
-func upCommand() *cobra.Command {
-	var c node.Config
-	cmd := &cobra.Command{
-		Use:     "up",
-		Short:   "Start this machine as a node; the first time, as a cluster of one",
-		Example: "  unum up\n  unum up --dir /srv/unum --mount /unum",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := fill(&c); err != nil {
-				return err
-			}
-			if was, err := node.Exists(c.Dir); err != nil {
-				return err
-			} else if !was {
-				if err := node.Found(c); err != nil {
-					return err
-				}
-			}
-			return serve(cmd.Context(), c, true)
-		},
-	}
-	nodeFlags(cmd, &c)
-	return cmd
-}
-
-// maxTokenInput bounds what is read as a token, in bytes: 90, and room for
-// spaces and line breaks in it.
-const maxTokenInput = 4096
-
-func joinCommand() *cobra.Command {
-	var c node.Config
-	cmd := &cobra.Command{
-		Use:     "join ADDR TOKEN",
-		Short:   "Make this machine a node of the cluster of which ADDR is a node",
-		Long:    "Make this machine a node of the cluster of which ADDR is a node, and start it.\nTOKEN may be -, then it is read from standard input.",
-		Example: "  unum join alpha:7400 TOKEN\n  unum token --quiet | ssh beta unum join alpha:7400 -",
-		Args:    cobra.ExactArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := fill(&c); err != nil {
-				return err
-			}
-			token := args[1]
-			if token == "-" {
-				b, err := io.ReadAll(io.LimitReader(os.Stdin, maxTokenInput))
-				if err != nil {
-					return errs.Wrap(err, "read the token", "standard input")
-				}
-				token = string(b)
-			}
-			// Joining is repeated while the other does not answer yet.
-			ctx, cancel := context.WithTimeout(cmd.Context(), 30*time.Second)
-			defer cancel()
-			for {
-				err := node.Join(ctx, c, args[0], token)
-				if err == nil {
-					break
-				}
-				if !errs.Has(err, errs.Unavailable) && !errs.Has(err, errs.NoQuorum) || ctx.Err() != nil {
-					return err
-				}
-				select {
-				case <-time.After(300 * time.Millisecond):
-				case <-ctx.Done():
-					return err
-				}
-			}
-			return serve(cmd.Context(), c, true)
-		},
-	}
-	nodeFlags(cmd, &c)
-	return cmd
-}
 
 func tokenCommand() *cobra.Command {
 	var uses uint32
@@ -375,77 +210,6 @@ func jobCommands() []*cobra.Command {
 	return []*cobra.Command{ps, kill, wait, logs, why}
 }
 
-// doctorCommand says what this machine lacks.
-func doctorCommand() *cobra.Command {
-	var asJSON bool
-	type finding struct {
-		What   string `json:"what"`
-		OK     bool   `json:"ok"`
-		Detail string `json:"detail"`
-		Remedy string `json:"remedy,omitempty"`
-	}
-	cmd := &cobra.Command{
-		Use: "doctor", Short: "Say what this machine lacks, what then does not work, and what to type",
-		Long: "Say what this machine lacks. Exit code 1 if something needed is missing.", Example: "  unum doctor\n  unum doctor --json", Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			var fs []finding
-			add := func(what string, ok bool, detail, remedy string) {
-				if ok {
-					remedy = ""
-				}
-				fs = append(fs, finding{what, ok, detail, remedy})
-			}
-			add("root", os.Geteuid() == 0, fmt.Sprintf("uid %d; needed to start a node, not to use one", os.Geteuid()), "sudo unum up")
-			_, err := os.Stat("/dev/fuse")
-			add("/dev/fuse", err == nil, "the tree is mounted through it", "modprobe fuse")
-			var u unix.Utsname
-			err = unix.Uname(&u)
-			add("kernel", err == nil, "Linux "+unix.ByteSliceToString(u.Release[:]), "")
-			_, err = os.Stat("/sys/fs/cgroup")
-			entries, _ := os.ReadDir("/sys/fs/cgroup")
-			add("control groups", err == nil && len(entries) > 0, "without them jobs are not accounted for", "mount -t cgroup2 none /sys/fs/cgroup")
-			for _, tool := range []string{"ip", "tc", "mkfs.ext4"} {
-				p, err := exec.LookPath(tool)
-				add(tool, err == nil, "needed by `unum lab` only "+p, "apt-get install iproute2 e2fsprogs")
-			}
-			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-			defer cancel()
-			err = cli.Call(ctx, control.Path(), node.VerbHealthy, nil, nil)
-			detail := "answers and is healthy"
-			if err != nil {
-				detail, _, _ = strings.Cut(err.Error(), "\n") // the remedy is given below
-			}
-			add("daemon", err == nil, detail, "unum up")
-			bad := false
-			for _, f := range fs {
-				bad = bad || !f.OK
-			}
-			if asJSON {
-				if err := printJSON(fs); err != nil {
-					return err
-				}
-			} else {
-				for _, f := range fs {
-					mark := "ok  "
-					if !f.OK {
-						mark = "LACK"
-					}
-					fmt.Printf("%s  %s: %s\n", mark, f.What, f.Detail)
-					if f.Remedy != "" {
-						fmt.Printf("      try: %s\n", f.Remedy)
-					}
-				}
-			}
-			if bad {
-				return coded(1)
-			}
-			return nil
-		},
-	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	return cmd
-}
-
 // labHooks say how a lab runs Unum.
 func labHooks() lab.Hooks {
 	exe := os.Getenv("UNUM_EXE")
@@ -462,7 +226,8 @@ func labHooks() lab.Hooks {
 	}
 	return lab.Hooks{
 		Daemon: func(n lab.Node) []string {
-			common := []string{"--addr", n.Addr.String() + ":7400", "--dir", n.DataDir, "--mount", n.Mount, "--share", "0.34"}
+			// The machine's settings are not those of the lab's nodes.
+			common := []string{"--config", "", "--addr", n.Addr.String() + ":7400", "--dir", n.DataDir, "--mount", n.Mount, "--share", "0.34"}
 			if n.Fresh && !n.First {
 				return append([]string{exe, "join", n.Peer.String() + ":7400", n.Token}, common...)
 			}

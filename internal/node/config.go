@@ -11,10 +11,12 @@ import (
 	"strconv"
 	"syscall"
 
+	settings "github.com/unum-os/unum/internal/config"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/rpc"
 )
 
 // DefaultPort is where nodes listen for each other.
@@ -31,6 +33,8 @@ type Config struct {
 	Role     record.Role       // what Join asks to become; 0: what the token says
 	Labels   map[string]string // told to the record when the node is made
 	Exe      string            // the light binary, whose shim starts jobs
+	Metrics  string            // host:port for Prometheus; empty: none
+	Settings []settings.Value  // what it was started with, to be shown
 	Log      *slog.Logger
 }
 
@@ -47,6 +51,17 @@ type disk struct {
 }
 
 const diskVersion = 2
+
+// Formats are the versions of what this program keeps and speaks. A data
+// directory of another version is refused; nodes that speak another protocol do
+// not connect.
+type Formats struct {
+	Data     int      `json:"data_directory"`
+	Protocol []string `json:"protocol"`
+}
+
+// FormatVersions returns them.
+func FormatVersions() Formats { return Formats{diskVersion, rpc.Protocols()} }
 
 func (c *Config) path(parts ...string) string {
 	return filepath.Join(append([]string{c.Dir}, parts...)...)

@@ -21,6 +21,8 @@ const (
 	VerbStatus  = "status"  // -> Status
 	VerbToken   = "token"   // TokenRequest -> TokenReply; root only
 	VerbHealthy = "healthy" // -> nothing, or an error that says what is not
+
+	VerbSettings = "settings" // -> []config.Value of package config, what the daemon was started with
 )
 
 // GroupStatus is one replicated group as one node sees it.
@@ -47,6 +49,7 @@ type Self struct {
 	Jobs     int           `cbor:"7,keyasint" json:"jobs"`
 	UptimeNs int64         `cbor:"8,keyasint" json:"uptime_ns"`
 	Whole    bool          `cbor:"9,keyasint,omitempty" json:"whole"` // it has every block that is due
+	WallNs   int64         `cbor:"10,keyasint" json:"wall_ns"`        // its clock when it answered, since 1970
 }
 
 // Peer is a member as the asked node sees it. Self is nil if it does not answer.
@@ -111,12 +114,13 @@ func (n *Node) serveControl() {
 	n.ctl.HandleImage()
 	answer(n.ctl, VerbStatus, false, func(ctx context.Context, _ *struct{}) (any, error) { return n.status(ctx), nil })
 	answer(n.ctl, VerbHealthy, false, func(ctx context.Context, _ *struct{}) (any, error) { return struct{}{}, n.healthy() })
+	answer(n.ctl, VerbSettings, false, func(context.Context, *struct{}) (any, error) { return n.cfg.Settings, nil })
 	answer(n.ctl, VerbToken, true, func(ctx context.Context, q *TokenRequest) (any, error) { return n.token(ctx, q) })
 }
 
 // self describes this node.
 func (n *Node) self() Self {
-	s := Self{Node: n.id, Mounted: n.mounted.Load(), UptimeNs: int64(time.Since(n.began))}
+	s := Self{Node: n.id, Mounted: n.mounted.Load(), UptimeNs: int64(time.Since(n.began)), WallNs: time.Now().UnixNano()}
 	if n.disk.Role == record.RoleStore {
 		s.Session, s.Missing, s.Whole, s.Jobs = n.venus.Ready(), n.blocks.Missing(), n.blocks.Whole(), len(n.manager.Jobs())
 		s.Free, _ = n.segs.Free()

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -44,6 +45,9 @@ const (
 var alpn = [numLanes]string{"unum-rpc/1", "unum-bulk/1", "unum-cast/1", "unum-mux/1"}
 
 const alpnJoin = "unum-join/1"
+
+// Protocols lists what this program speaks with other nodes, by name and version.
+func Protocols() []string { return append(slices.Clone(alpn[:]), alpnJoin) }
 
 // inHand is how many calls (streams, for that lane) may be in hand.
 func (k laneKind) inHand() int64 {

@@ -44,6 +44,14 @@ commands through a shell spread them over the nodes:
   parallel 'unum sh -c {}' < commands
 `
 
+// Usage is the help of the light face's verbs, run and sh.
+func Usage(verb string) string {
+	if verb == "sh" {
+		return shUsage
+	}
+	return runUsage
+}
+
 type options struct {
 	ask     jobapi.Ask
 	env     []string

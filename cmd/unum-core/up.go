@@ -1,0 +1,311 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/unum-os/unum/internal/config"
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/cli"
+	"github.com/unum-os/unum/internal/daemon"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/node"
+)
+
+// defaultLog is where a node in the background logs.
+const defaultLog = "/var/log/unum/unum.log"
+
+// pidPath is the daemon's pid file, beside its socket.
+func pidPath() string { return strings.TrimSuffix(control.Path(), ".sock") + ".pid" }
+
+// starting is what up and join are told: the settings, and how to run.
+type starting struct {
+	file   string
+	flags  config.Flags
+	detach bool
+	log    string
+	wait   config.Duration
+}
+
+// nodeFlags are the flags of up and join.
+func nodeFlags(cmd *cobra.Command, s *starting) {
+	fileFlag(cmd, &s.file)
+	for _, f := range s.flags.List() {
+		cmd.Flags().Var(f, f.Name(), f.Help())
+	}
+	// Longer than an election and a mount, shorter than a person's patience.
+	s.wait = config.Duration(time.Minute)
+	cmd.Flags().BoolVarP(&s.detach, "detach", "d", false, "run in the background; return when the node is healthy")
+	cmd.Flags().StringVar(&s.log, "log-file", defaultLog, "with -d: where it logs")
+	cmd.Flags().Var(&s.wait, "wait", "with -d: how long to wait until it is healthy")
+}
+
+func fileFlag(cmd *cobra.Command, file *string) {
+	cmd.Flags().StringVar(file, "config", config.DefaultFile, "the file with the settings; \"\" for none")
+	_ = cmd.MarkFlagFilename("config", "toml") // fails only if there is no such flag
+}
+
+// check says what this machine lacks to be a node, before anything is made.
+func check() error {
+	if os.Geteuid() != 0 {
+		return errs.E(errs.Permission, "start a node", "", "root is needed, to mount the tree and to run commands as their users").WithRemedy("sudo unum %s", strings.Join(os.Args[1:], " "))
+	}
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		return errs.E(errs.NotSupported, "start a node", "/dev/fuse", "%v", err).WithRemedy("modprobe fuse, or a kernel with FUSE")
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := tryJob(context.Background()); err != nil {
+		return errs.E(errs.Permission, "start a node", "", "this root may neither mount nor make namespaces: %v", err).
+			WithRemedy("in a container, run it with --privileged")
+	}
+	return nil
+}
+
+// tryJob starts something as a job is started, which says more than a list of
+// capabilities: what a job is started with, and the right to mount with it.
+func tryJob(ctx context.Context) error {
+	try := exec.CommandContext(ctx, os.Getenv("UNUM_EXE"), "run", "--help")
+	try.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC}
+	return try.Run()
+}
+
+// load reads the settings and checks that this machine can be a node. Nothing is
+// made yet.
+func (s *starting) load() (node.Config, error) {
+	if s.file != "" { // in the background the directory is another
+		abs, err := filepath.Abs(s.file)
+		if err != nil {
+			return node.Config{}, err
+		}
+		s.file = abs
+	}
+	l, err := config.Load(s.file, &s.flags)
+	if err != nil {
+		return node.Config{}, err
+	}
+	c := node.Config{Dir: l.Dir, Mount: l.Mount, Addr: l.Addr, Share: l.Share, Metrics: l.Metrics, Labels: l.Labels,
+		Settings: l.Values(), Socket: control.Path(), Log: logger(l.Settings)}
+	if c.Hostname, err = os.Hostname(); err != nil {
+		return c, err
+	}
+	if c.Exe = os.Getenv("UNUM_EXE"); c.Exe == "" {
+		return c, errs.E(errs.Invalid, "start a node", "", "UNUM_EXE is not set: the core is started by the unum binary")
+	}
+	return c, check()
+}
+
+func logger(s config.Settings) *slog.Logger {
+	o := &slog.HandlerOptions{Level: s.LogLevel}
+	if s.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, o))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, o))
+}
+
+// hold takes the pid file for what do does, and gives it back after.
+func hold(do func() error) error {
+	pf, err := daemon.Lock(pidPath())
+	if err != nil {
+		return err
+	}
+	err = do()
+	return errors.Join(err, pf.Release())
+}
+
+// serve runs the node in the foreground, and tells the supervisor, if there is
+// one.
+func serve(ctx context.Context, c node.Config, super daemon.Notifier) error {
+	n, err := node.Open(c)
+	if err != nil {
+		return err
+	}
+	tell := func(lines ...string) {
+		if err := super.Tell(lines...); err != nil {
+			c.Log.Warn("the supervisor was not told", "err", err)
+		}
+	}
+	done := make(chan error, 1)
+	go func() { done <- n.Run(ctx) }()
+	go func() {
+		if waitHealthy(ctx, c.Socket, func(why string) { tell("STATUS=" + why) }) == nil {
+			tell("READY=1", "STATUS=healthy; the tree is at "+c.Mount)
+			fmt.Printf("unum: %s is mounted\nto add a machine, type `unum token` here and what it prints there\n", c.Mount)
+		}
+	}()
+	stop := context.AfterFunc(ctx, func() { tell("STOPPING=1") })
+	defer stop()
+	if err = <-done; err != nil {
+		return err
+	}
+	// A supervisor ends a node by SIGTERM, and that is no failure.
+	if cause := context.Cause(ctx); !errors.Is(cause, signalled(syscall.SIGTERM)) {
+		return cause
+	}
+	return nil
+}
+
+// askHealthy returns nil when the daemon behind the socket is healthy.
+func askHealthy(ctx context.Context, sock string) error {
+	return cli.Call(ctx, sock, node.VerbHealthy, nil, nil)
+}
+
+// waitHealthy waits until the daemon is healthy, and tells each new reason why it
+// is not.
+func waitHealthy(ctx context.Context, sock string, tell func(why string)) error {
+	last := ""
+	for {
+		cctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		err := askHealthy(cctx, sock)
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if why, _, _ := strings.Cut(err.Error(), "\n"); why != last && ctx.Err() == nil {
+			last = why
+			tell(why)
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// background starts the node that is in c.Dir, or a new one, as a process of its
+// own.
+func (s *starting) background(ctx context.Context, c node.Config) error {
+	argv := append([]string{c.Exe, "up", "--config", s.file}, s.flags.Args()...)
+	pid, err := daemon.Start(ctx, daemon.Spec{Argv: argv, Env: os.Environ(), Log: s.log, Wait: time.Duration(s.wait), Tell: os.Stderr,
+		Healthy: func(ctx context.Context) error { return askHealthy(ctx, c.Socket) }})
+	if errs.Has(err, errs.Timeout) {
+		fmt.Fprintf(os.Stderr, "unum: %v\n", err)
+		return coded(1)
+	}
+	if err != nil {
+		if pid > 0 {
+			fmt.Fprintf(os.Stderr, "unum: process %d goes on in the background\n", pid)
+		}
+		return err
+	}
+	fmt.Printf("unum: %s is mounted; process %d, log %s\nto add a machine, type `unum token` here and what it prints there\n", c.Mount, pid, s.log)
+	return nil
+}
+
+// exitCodes is said of up and join.
+const exitCodes = `
+In the foreground it ends with code 0 after SIGTERM and 128+n after another
+signal. With -d: 0 when the node is healthy, 1 when it runs but is not healthy
+in time, 125 when it does not run.`
+
+func upCommand() *cobra.Command {
+	var s starting
+	cmd := &cobra.Command{
+		Use:     "up",
+		Short:   "Start this machine as a node; the first time, as a cluster of one",
+		Long:    "Start this machine as a node; the first time, as a cluster of one.\n" + exitCodes,
+		Example: "  unum up\n  unum up -d\n  unum up --dir /srv/unum --labels place=attic,failure-domain=rack1",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			super := daemon.NewNotifier()
+			c, err := s.load()
+			if err != nil {
+				return err
+			}
+			if s.detach {
+				if err := hold(func() error { return nil }); err != nil { // a plain word rather than a log's
+					return err
+				}
+				return s.background(cmd.Context(), c)
+			}
+			return hold(func() error {
+				if was, err := node.Exists(c.Dir); err != nil {
+					return err
+				} else if !was {
+					if err := node.Found(c); err != nil {
+						return err
+					}
+				}
+				return serve(cmd.Context(), c, super)
+			})
+		},
+	}
+	nodeFlags(cmd, &s)
+	return cmd
+}
+
+// maxTokenInput bounds what is read as a token, in bytes: 90, and room for
+// spaces and line breaks in it.
+const maxTokenInput = 4096
+
+func joinCommand() *cobra.Command {
+	var s starting
+	cmd := &cobra.Command{
+		Use:     "join ADDR TOKEN",
+		Short:   "Make this machine a node of the cluster of which ADDR is a node",
+		Long:    "Make this machine a node of the cluster of which ADDR is a node, and start it.\nTOKEN may be -, then it is read from standard input.\n" + exitCodes,
+		Example: "  unum join alpha:7400 TOKEN\n  unum join -d alpha:7400 TOKEN\n  unum token --quiet | ssh beta unum join alpha:7400 -",
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			super := daemon.NewNotifier()
+			c, err := s.load()
+			if err != nil {
+				return err
+			}
+			token := args[1]
+			if token == "-" {
+				b, err := io.ReadAll(io.LimitReader(os.Stdin, maxTokenInput))
+				if err != nil {
+					return errs.Wrap(err, "read the token", "standard input")
+				}
+				token = string(b)
+			}
+			if s.detach {
+				if err := hold(func() error { return join(cmd.Context(), c, args[0], token) }); err != nil {
+					return err
+				}
+				return s.background(cmd.Context(), c)
+			}
+			return hold(func() error {
+				if err := join(cmd.Context(), c, args[0], token); err != nil {
+					return err
+				}
+				return serve(cmd.Context(), c, super)
+			})
+		},
+	}
+	nodeFlags(cmd, &s)
+	return cmd
+}
+
+// join is repeated while the other does not answer yet.
+func join(ctx context.Context, c node.Config, addr, token string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		err := node.Join(ctx, c, addr, token)
+		if err == nil || !errs.Has(err, errs.Unavailable) && !errs.Has(err, errs.NoQuorum) || ctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-time.After(300 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
