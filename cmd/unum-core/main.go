@@ -79,7 +79,8 @@ func untilSignal() context.Context {
 func lightCommands() []*cobra.Command {
 	light := func(name, use, short string) *cobra.Command {
 		long, example, _ := strings.Cut(face.Usage(name), "\nExamples:\n")
-		_, long, _ = strings.Cut(long, "\n\n") // the first line is the usage
+		_, long, _ = strings.Cut(long, "\n\n")                    // the first line is the usage
+		long = strings.Replace(long, "Flags:\n", "Flags:\n\n", 1) // so that the manual leaves the lines as they are
 		if name == "sh" {
 			example = "  make -j8 SHELL=\"unum sh\"\n  xargs -P8 -I{} unum sh -c '{}' < commands"
 		}
