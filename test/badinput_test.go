@@ -381,7 +381,7 @@ func badToken(t *testing.T, c *cluster) {
 		t.Errorf("the joined node's command says %q", got)
 	}
 	// It was for one machine.
-	sentence(t, "used up", c.run("n3", other.start("join "+first+":7400 "+good)+"2"), 125, "there is a node of another cluster already")
+	sentence(t, "used up", c.run("n3", other.start("join "+first+":7400 "+good)), 125, "there is a node of another cluster already")
 	other.erase()
 	sentence(t, "used up", c.run("n3", other.start(join(good))), 125, "the token is used up", "\ntry: ")
 	other.gone(t)
