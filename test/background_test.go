@@ -124,6 +124,42 @@ func TestBackground(t *testing.T) {
 	s.erase()
 }
 
+// supervisor is a program that does what systemd does with a service of type
+// notify: it prints what it is told, and stops the service when it is ready.
+const supervisor = `
+import os, signal, socket, subprocess, sys
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+path, argv = sys.argv[1], sys.argv[2:]
+s.bind(path)
+s.settimeout(50)
+p = subprocess.Popen(argv, env=dict(os.environ, NOTIFY_SOCKET=path), stdout=subprocess.DEVNULL)
+stopping = False
+while not stopping:
+    for line in s.recv(4096).decode().split("\n"):
+        print(line)
+        if line == "READY=1":
+            p.send_signal(signal.SIGTERM)
+        stopping = stopping or line == "STOPPING=1"
+print("code", p.wait(50))
+os.unlink(path)
+`
+
+// TestSupervised starts a node under something that acts as systemd: it is told
+// when the node is healthy, why not before, and that it stops.
+func TestSupervised(t *testing.T) {
+	t.Parallel()
+	c := up(t, 1)
+	s := c.second("n1", "sup", 8400)
+	r := c.run("n1", "mkdir "+s.run()+" && env U\"\"NUM_SOCKET="+s.run()+"/sock python3 -c '"+supervisor+"' "+s.run()+"/notify UNUM up --dir "+s.dir()+
+		" --mount "+s.run()+"/tree --addr "+s.address)
+	want := regexp.MustCompile(`(?s)^(STATUS=[^\n]+\n)+READY=1\nSTATUS=healthy; the tree is at [^\n]+\nSTOPPING=1\ncode 0\n$`)
+	if r.code != 0 || !want.MatchString(r.out) {
+		t.Errorf("%v", r)
+	}
+	s.gone(t)
+	s.erase()
+}
+
 type shownSetting struct{ Name, Value, Source string }
 
 // setting finds one by name.
