@@ -10,6 +10,7 @@ import (
 	pb "go.etcd.io/raft/v3/raftpb"
 
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
 )
 
 // applyBatch is the size at which a batch of effects is committed.
@@ -203,7 +204,7 @@ type trim struct {
 const maxLogEntries = 100_000
 
 // trim starts a truncation if the log is long: of three quarters of what is
-// applied, or less if a follower needs more and the log is not far too long.
+// applied, or less if a full replica needs more and the log is not far too long.
 func (w *worker) trim(g *Group) {
 	l := g.log
 	if g.trims || l.bytes < w.h.cfg.LogBytes && l.last-l.trunc < maxLogEntries {
@@ -214,8 +215,14 @@ func (w *worker) trim(g *Group) {
 		return
 	}
 	to := l.trunc + (applied-l.trunc+1)*3/4
-	if g.leading && l.bytes < 4*w.h.cfg.LogBytes && l.last-l.trunc < 4*maxLogEntries {
-		g.rn.WithProgress(func(_ uint64, _ raft.ProgressType, p raftProgress) { to = min(to, p.Match) })
+	if w.h.cfg.Witness {
+		to = w.spare(g, applied, to)
+	} else if g.leading && l.bytes < 4*w.h.cfg.LogBytes && l.last-l.trunc < 4*maxLogEntries {
+		g.rn.WithProgress(func(id uint64, _ raft.ProgressType, p raftProgress) {
+			if !w.h.witness(ids.Node(id)) { // a snapshot brings a witness up for nothing
+				to = min(to, p.Match)
+			}
+		})
 		for _, i := range g.holds {
 			to = min(to, i)
 		}

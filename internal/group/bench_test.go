@@ -2,6 +2,8 @@ package group
 
 import (
 	"context"
+	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -135,4 +137,24 @@ func BenchmarkReadIndex64(b *testing.B) {
 			}
 		}
 	})
+}
+
+// The leader of two nodes and a witness dies: milliseconds to the next
+// acknowledgement by the other node, with the default tick.
+func BenchmarkWitnessTakeover(b *testing.B) {
+	n, nodes := withWitness(b, func(c *Config) { c.Tick = DefaultTick })
+	var took []float64
+	for r := range b.N {
+		put(b, nodes[:2], fmt.Sprint(r, "before"), 3, 100)
+		i := int(leader(b, nodes[:2]).id) - 1
+		fs := nodes[i].crash()
+		began := time.Now()
+		put(b, nodes[1-i:2-i], fmt.Sprint(r, "after"), 1, 100)
+		took = append(took, float64(time.Since(began).Milliseconds()))
+		nodes[i] = start(b, n, nodes[i].id, fs, func(h *Host) { open(b, h) })
+		caught(b, nodes[i], nodes[1-i].h.Group(tg).Status().Commit)
+	}
+	slices.Sort(took)
+	b.ReportMetric(took[len(took)/2], "p50-ms")
+	b.ReportMetric(took[len(took)-1], "max-ms")
 }

@@ -143,10 +143,11 @@ func (g *Group) AddLearner(ctx context.Context, n ids.Node) error {
 	})
 }
 
-// caughtUp reports whether a replica lacks so little that it may be promoted. On
-// the worker.
-func (g *Group) caughtUp(p raftProgress) bool {
-	return p.RecentActive && p.State == tracker.StateReplicate && p.Match+caughtUp >= g.log.last
+// caughtUp reports whether n's replica lacks so little that it may be promoted: a
+// full one nothing that a witness may lack too, or if this leader died then
+// nobody could bring it up. On the worker.
+func (g *Group) caughtUp(n ids.Node, p raftProgress) bool {
+	return p.RecentActive && p.State == tracker.StateReplicate && p.Match+caughtUp >= g.log.last && (p.Match >= g.told || g.h.witness(n))
 }
 
 // Promote makes learners voters, all at once. Errors: Invalid if one is no
@@ -157,8 +158,8 @@ func (g *Group) Promote(ctx context.Context, list ...ids.Node) error {
 
 // Reseat changes who votes, all at once (joint consensus): learners become
 // voters, voters become learners, and voters or learners lose their replicas.
-// Errors: Invalid if one to be promoted is no learner, or nobody would be left to
-// vote, Busy if one has not caught up; else as AddLearner.
+// Errors: Invalid if one to be promoted is no learner, or no voter that is no
+// witness would be left, Busy if one has not caught up; else as AddLearner.
 func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error {
 	op := fmt.Sprint("promote ", add, ", demote ", demote, ", remove ", drop)
 	return g.reconfigure(ctx, op, func(c conf) (*pb.ConfChangeV2, error) {
@@ -176,17 +177,17 @@ func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error 
 					pr = p
 				}
 			})
-			if !g.caughtUp(pr) {
+			if !g.caughtUp(n, pr) {
 				return nil, errs.E(errs.Busy, "", n.String(), "it has %d of %d entries of group %d", pr.Match, g.log.last, g.id)
 			}
 			todo = append(todo, n)
 		}
 		cc := change(pb.ConfChangeAddNode, todo...)
-		left := len(c.voters()) + len(todo)
+		left := len(g.full(c.voters())) + len(g.full(todo)) // a vote without a state is nothing
 		for _, n := range demote {
 			if c.voter(n) {
 				cc.Changes = append(cc.Changes, change(pb.ConfChangeAddLearnerNode, n).Changes...)
-				left--
+				left -= len(g.full([]ids.Node{n}))
 			}
 		}
 		for _, n := range drop {
@@ -194,27 +195,28 @@ func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error 
 				cc.Changes = append(cc.Changes, change(pb.ConfChangeRemoveNode, n).Changes...)
 			}
 			if c.voter(n) {
-				left--
+				left -= len(g.full([]ids.Node{n}))
 			}
 		}
 		switch {
 		case len(cc.Changes) == 0:
 			return nil, nil
 		case left <= 0:
-			return nil, errs.E(errs.Invalid, "", fmt.Sprint("group ", g.id), "nobody would be left to vote")
+			return nil, errs.E(errs.Invalid, "", fmt.Sprint("group ", g.id), "no voter with the state would be left")
 		}
 		return cc, nil
 	})
 }
 
 // Remove takes n out of the group, voter or learner. The leader may remove
-// itself: it then stops leading. Errors: Invalid for the last voter; else as
-// AddLearner.
+// itself: it then stops leading. Errors: Invalid for the last voter that is no
+// witness; else as AddLearner.
 func (g *Group) Remove(ctx context.Context, n ids.Node) error {
 	return g.reconfigure(ctx, "remove "+n.String(), func(c conf) (*pb.ConfChangeV2, error) {
-		switch v := c.voters(); {
-		case len(v) == 1 && v[0] == n:
-			return nil, errs.E(errs.Invalid, "", n.String(), "it is the last voter of group %d", g.id)
+		full := g.full(c.voters())
+		switch {
+		case len(full) == 1 && full[0] == n:
+			return nil, errs.E(errs.Invalid, "", n.String(), "it is the last voter of group %d that has the state", g.id)
 		case !c.voter(n) && !c.learner(n):
 			return nil, nil
 		}
@@ -223,7 +225,7 @@ func (g *Group) Remove(ctx context.Context, n ids.Node) error {
 }
 
 // TransferLeadership makes the voter to the leader and returns when it is.
-// Errors: NotLeader, Invalid if to is no voter, Unavailable if it did not take
+// Errors: NotLeader, Invalid if to is no voter or a witness, Unavailable if it did not take
 // over within two election timeouts.
 func (g *Group) TransferLeadership(ctx context.Context, to ids.Node) error {
 	op := "transfer leadership to " + to.String()
@@ -237,6 +239,8 @@ func (g *Group) TransferLeadership(ctx context.Context, to ids.Node) error {
 			done <- &NotLeaderError{g.id, ids.Node(b.Lead)}
 		case !slices.Contains(g.conf.Voters, uint64(to)):
 			done <- errs.E(errs.Invalid, op, "", "it is no voter of group %d", g.id)
+		case g.h.witness(to):
+			done <- errs.E(errs.Invalid, op, "", "it is a witness: it has no state")
 		default:
 			g.rn.TransferLeader(uint64(to))
 			done <- nil

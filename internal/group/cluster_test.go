@@ -96,6 +96,59 @@ type network struct {
 	broke chan struct{} // gets a token when a stream broke off
 	tear  int           // bytes after which snapshot streams break off; 0: never
 	rng   *rand.Rand
+
+	witness map[ids.Node]bool
+	more    func(*Config)              // if any
+	hold    map[ids.Node][]held        // messages kept back, while it is there
+	streams map[ids.Node]*bytes.Buffer // what was written to each node's streams
+}
+
+type held struct {
+	from ids.Node
+	msg  []byte
+}
+
+// release delivers what was held back, one of each node in turn.
+func (n *network) release() {
+	n.mu.Lock()
+	all := n.hold
+	n.hold = nil
+	n.mu.Unlock()
+	for more := true; more; {
+		more = false
+		for to, list := range all {
+			if len(list) == 0 {
+				continue
+			}
+			if h := n.peer(list[0].from, to, false); h != nil {
+				_ = h.Receive(list[0].from, list[0].msg)
+			}
+			all[to], more = list[1:], true
+		}
+	}
+}
+
+func (n *network) isWitness(id ids.Node) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.witness[id]
+}
+
+// spy keeps what is written.
+type spy struct {
+	net.Conn
+	n  *network
+	to ids.Node
+}
+
+func (s spy) Write(b []byte) (int, error) {
+	s.n.mu.Lock()
+	if s.n.streams[s.to] == nil {
+		s.n.streams[s.to] = &bytes.Buffer{}
+	}
+	s.n.streams[s.to].Write(b)
+	s.n.mu.Unlock()
+	return s.Conn.Write(b)
 }
 
 func newNetwork() *network {
@@ -137,6 +190,13 @@ func (e endpoint) Send(to ids.Node, msg []byte) error {
 		return nil
 	}
 	if h := e.n.peer(e.self, to, true); h != nil {
+		e.n.mu.Lock()
+		if e.n.hold != nil {
+			e.n.hold[to] = append(e.n.hold[to], held{e.self, msg})
+			e.n.mu.Unlock()
+			return nil
+		}
+		e.n.mu.Unlock()
 		if err := h.Receive(e.self, msg); err != nil && !errs.Has(err, errs.Busy) {
 			panic(err)
 		}
@@ -156,6 +216,9 @@ func (e endpoint) Dial(ctx context.Context, to ids.Node, service string) (net.Co
 	defer e.n.mu.Unlock()
 	if e.n.tear > 0 {
 		return &torn{Conn: a, left: e.n.tear, broke: e.n.broke}, nil
+	}
+	if e.n.streams != nil {
+		return spy{a, e.n, to}, nil
 	}
 	return a, nil
 }
@@ -195,7 +258,12 @@ type node struct {
 }
 
 func config(n *network, id ids.Node, fs vfs.FS, dead *atomic.Bool) Config {
-	return Config{Self: id, Dir: "/d", Transport: endpoint{n, id, dead}, Tick: testTick, LogBytes: 64 << 10, FS: fs, Log: complaints}
+	c := Config{Self: id, Dir: "/d", Transport: endpoint{n, id, dead}, Tick: testTick, LogBytes: 64 << 10, FS: fs, Log: complaints,
+		Witness: n.isWitness(id), IsWitness: n.isWitness}
+	if n.more != nil {
+		n.more(&c)
+	}
+	return c
 }
 
 // complaints shows what the host has to say only when it is an error.
@@ -256,7 +324,11 @@ func open(t testing.TB, h *Host, groups ...ids.Group) {
 		groups = h.Groups()
 	}
 	for _, g := range groups {
-		if _, err := h.Open(g, &ledger{}); err != nil {
+		var m Machine
+		if !h.cfg.Witness {
+			m = &ledger{}
+		}
+		if _, err := h.Open(g, m); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -378,6 +450,6 @@ func same(t testing.TB, nodes []*node) {
 func has(t testing.TB, g *Group, cmd string) {
 	t.Helper()
 	if _, ok, err := g.Get([]byte("c"), []byte(cmd)); err != nil || !ok {
-		t.Fatalf("acknowledged command %q is lost (%v); %+v", cmd, err, g.Status())
+		t.Fatalf("acknowledged command %.40q is lost (%v); %+v", cmd, err, g.Status())
 	}
 }

@@ -8,7 +8,10 @@
 // follows. The log holds commands not yet known to be durable in the state; its
 // truncation point is the last entry taken away. A snapshot is a group's whole
 // state at one index, streamed from a leader to a replica that is too far back
-// for the log.
+// for the log. A witness is a node whose replicas keep the log only: they vote,
+// have no machine, and lead only to hand over; the other replicas are full. A
+// floor is the last entry that no full replica lacks; a bare snapshot, for a
+// witness, has index, term and configuration and no state.
 //
 // Consensus itself is go.etcd.io/raft. This package owns storage, transport
 // framing, snapshots, and the waiting of callers.
@@ -33,6 +36,11 @@
 //     says whether it is lost or unknown. Never with success by index alone.
 //   - Each attempt of a read barrier carries a context of its own; contexts are
 //     never reused.
+//   - A witness truncates up to a floor, and beyond it only at its limit in
+//     bytes. A full learner becomes a voter only when it has everything that a
+//     witness may lack.
+//   - No full replica takes a bare snapshot; no witness takes, keeps or sends
+//     state. A directory never changes from one to the other.
 //
 // Lock order: Host.mu, then Group.mu, then gate.mu or inbox.mu, then
 // Host.failMu. None is held over a sync, a send, a machine's method or a

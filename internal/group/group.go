@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -35,6 +36,7 @@ type Progress struct {
 	Active      bool   // heard from lately
 	Learner     bool
 	CaughtUp    bool // lacks so little that it may be promoted
+	Witness     bool
 }
 
 // Status is a replica's view of its group.
@@ -48,6 +50,8 @@ type Status struct {
 	Learners        []ids.Node
 	Joint           bool                  // a change of voters is under way
 	Progress        map[ids.Node]Progress // of a leader; some ticks old
+	Witness         bool                  // this replica is a witness: as a leader it serves nobody, and hands over
+	Needs           []ids.Node            // of a witness that leads and cannot hand over: one of these must come back
 }
 
 // NotLeaderError says that another replica must be asked. Its class is
@@ -129,7 +133,7 @@ func newGroup(h *Host, g ids.Group, m Machine) *Group {
 	return &Group{
 		h: h, id: g, m: m, space: NewSpace(g), gate: gate{free: maxUnresolved},
 		changed: make(chan struct{}), props: map[proposalID]*proposal{}, byIndex: map[uint64]*proposal{},
-		stepped: stepped{asking: map[proposalID]readBatch{}, holds: map[uint64]uint64{}},
+		stepped: stepped{asking: map[proposalID]readBatch{}, holds: map[uint64]uint64{}, heard: map[ids.Node]uint64{}},
 	}
 }
 
@@ -147,6 +151,9 @@ func (g *Group) Propose(ctx context.Context, cmd []byte) (any, uint64, error) {
 	}
 	if leader, _ := g.Leader(); leader != g.h.cfg.Self {
 		return nil, 0, &NotLeaderError{g.id, leader}
+	}
+	if g.h.cfg.Witness {
+		return nil, 0, g.notHere("propose to group")
 	}
 	n := int64(len(cmd) + 256) // and what surrounds it
 	switch err := g.gate.acquire(ctx, n, g.h.stopped); {
@@ -247,8 +254,11 @@ func (g *Group) failAll(err error) {
 // acknowledged anywhere before the call: what is then read here is
 // linearizable. It returns an index that is applied. It works on any replica
 // while a leader can be reached, and writes nothing. Errors: Timeout,
-// Interrupted, Unavailable.
+// Interrupted, Unavailable; on a witness NotLeader, or Busy when it leads.
 func (g *Group) ReadIndex(ctx context.Context) (uint64, error) {
+	if g.h.cfg.Witness {
+		return 0, g.notHere("read from group")
+	}
 	r := &reader{ctx: ctx, done: make(chan outcome, 1)}
 	g.mu.Lock()
 	if g.stopped != nil {
@@ -323,6 +333,7 @@ func (g *Group) Status() Status {
 func (g *Group) statusLocked() Status {
 	st := g.st
 	st.Commit, st.Applied = g.commit, g.applied.Load()
+	st.Witness, st.Needs = g.h.cfg.Witness, slices.Clone(g.st.Needs)
 	if st.Progress != nil {
 		st.Progress = make(map[ids.Node]Progress, len(g.st.Progress))
 		for n, p := range g.st.Progress {
@@ -397,7 +408,7 @@ func (g *Group) publish() {
 	c := conf{g.conf}
 	g.st.Voters, g.st.Learners, g.st.Joint = c.voters(), nodes(g.conf.Learners), len(g.conf.VotersOutgoing) > 0
 	if role != Leader {
-		g.st.Progress = nil
+		g.st.Progress, g.st.Needs = nil, nil
 	}
 	close(g.changed)
 	g.changed = make(chan struct{})
@@ -419,7 +430,8 @@ func (g *Group) showProgress() {
 	g.rn.WithProgress(func(id uint64, t raft.ProgressType, p raftProgress) {
 		g.st.Progress[ids.Node(id)] = Progress{
 			Match: p.Match, Next: p.Next, State: stateWord(p), Active: p.RecentActive, Learner: t == raft.ProgressTypeLearner,
-			CaughtUp: g.caughtUp(p),
+			CaughtUp: g.caughtUp(ids.Node(id), p),
+			Witness:  g.h.witness(ids.Node(id)),
 		}
 	})
 }
@@ -463,6 +475,9 @@ func (g *Group) usable() error {
 	defer g.h.mu.Unlock()
 	if g.h.closed {
 		return errStopped()
+	}
+	if g.h.cfg.Witness {
+		return errs.E(errs.NotSupported, "read from group", fmt.Sprint(g.id), "%v is a witness and has no state", g.h.cfg.Self)
 	}
 	return nil
 }

@@ -85,6 +85,17 @@ type Config struct {
 	LogBytes  int64         // log a group keeps for followers that lag; 0: DefaultLogBytes
 	Log       *slog.Logger
 	FS        vfs.FS // nil: the real one
+
+	// Witness says that this node keeps logs only. Never changed for a directory.
+	Witness bool
+	// IsWitness says of another node what Witness says of this one; nil: none is.
+	// Called from anywhere and often: it must not block nor call the host. A node
+	// should be known as a witness before it is added to a group; where it is not,
+	// it is refused a snapshot with state until it is.
+	IsWitness func(ids.Node) bool
+	// WitnessLogBytes is what a witness's log of one group may come to for a full
+	// replica that is away; 0: DefaultWitnessLogBytes.
+	WitnessLogBytes int64
 }
 
 // Host holds this node's replicas of all groups.
@@ -130,6 +141,9 @@ func New(cfg Config) (*Host, error) {
 	}
 	if cfg.LogBytes == 0 {
 		cfg.LogBytes = DefaultLogBytes
+	}
+	if cfg.WitnessLogBytes == 0 {
+		cfg.WitnessLogBytes = DefaultWitnessLogBytes
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -242,6 +256,9 @@ func (h *Host) Bootstrap(g ids.Group, voters []ids.Node) error {
 	if !slices.Contains(voters, h.cfg.Self) {
 		return errs.E(errs.Invalid, "bootstrap", fmt.Sprintf("group %d", g), "%v is not among the voters", h.cfg.Self)
 	}
+	if h.cfg.Witness && len(voters) == 1 {
+		return errs.E(errs.Invalid, "bootstrap", fmt.Sprintf("group %d", g), "%v is a witness: another must have the state", h.cfg.Self)
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.unusable(); err != nil {
@@ -281,8 +298,9 @@ func (h *Host) Join(g ids.Group) error {
 	return nil
 }
 
-// Open starts the replica of g with its machine, before or during Run. Errors:
-// NotFound if there is no replica, Exists if it is open, Corrupt.
+// Open starts the replica of g with its machine, before or during Run; on a
+// witness m is nil. Errors: NotFound if there is no replica, Exists if it is
+// open, Invalid if there should or should not be a machine, Corrupt.
 func (h *Host) Open(g ids.Group, m Machine) (*Group, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -295,6 +313,12 @@ func (h *Host) Open(g ids.Group, m Machine) (*Group, error) {
 	}
 	if h.groups[g] != nil {
 		return nil, errs.E(errs.Exists, "open", place, "it is open")
+	}
+	if h.cfg.Witness != (m == nil) {
+		return nil, errs.E(errs.Invalid, "open", place, "only a witness has no machine")
+	}
+	if m == nil {
+		m = nothing{}
 	}
 	// The tails are the worker's: a log to be opened has none yet.
 	gr := newGroup(h, g, m)

@@ -4,6 +4,8 @@ import (
 	"sync"
 
 	pb "go.etcd.io/raft/v3/raftpb"
+
+	"github.com/unum-os/unum/internal/ids"
 )
 
 // maxInbox bounds the bytes of messages waiting for the worker; more are
@@ -20,6 +22,7 @@ const (
 	evCall                       // fn wants to run on the worker
 	evSnapshot                   // fill is complete on disk
 	evInstalled                  // the parked snapshot is in the state
+	evFloor                      // from told index, up to which a witness may truncate
 )
 
 // event is something the worker has to deal with.
@@ -31,6 +34,9 @@ type event struct {
 	p    *proposal
 	fill *filling
 	fn   func()
+
+	from  ids.Node
+	index uint64
 }
 
 // inbox is the worker's queue.
@@ -44,10 +50,10 @@ type inbox struct {
 
 func newInbox() *inbox { return &inbox{wake: make(chan struct{}, 1)} }
 
-// push queues e; it refuses only messages.
+// push queues e; it refuses only what came from another node, which has a size.
 func (q *inbox) push(e event) bool {
 	q.mu.Lock()
-	if e.kind == evMessage && q.bytes+e.size > maxInbox {
+	if e.size > 0 && q.bytes+e.size > maxInbox {
 		q.mu.Unlock()
 		return false
 	}

@@ -67,6 +67,7 @@ type groupLog struct {
 	db    *pebble.DB
 	tails *tails
 
+	bare         bool // a witness's: there is no state to send
 	hard         *pb.HardState
 	applied      func() point // what a snapshot would hold now
 	start        point        // applied when opened
@@ -201,7 +202,7 @@ func decodeEntry(g ids.Group, it *pebble.Iterator, want uint64) (*pb.Entry, erro
 // state sent is taken later and may be newer.
 func (l *groupLog) Snapshot() (*pb.Snapshot, error) {
 	p := l.applied()
-	if p.index == 0 || p.index < l.trunc {
+	if l.bare || p.index == 0 || p.index < l.trunc {
 		return nil, raft.ErrSnapshotTemporarilyUnavailable
 	}
 	return &pb.Snapshot{Metadata: &pb.SnapshotMetadata{ConfState: p.conf, Index: &p.index, Term: &p.term}}, nil

@@ -13,7 +13,8 @@ import (
 
 // A transport message is a version byte and any number of raft messages of any
 // groups to one node, each [group uvarint][length uvarint][message]. What the
-// worker has for a peer in one round goes as one.
+// worker has for a peer in one round goes as one. Group 0 marks a message of the
+// host's own: see appendFloor.
 const (
 	messageVersion = 1
 	frameTarget    = 1 << 20 // bytes after which a new transport message begins
@@ -48,8 +49,10 @@ func appendMessage(b []byte, g ids.Group, m *pb.Message) ([]byte, error) {
 
 type groupMessage struct {
 	g    ids.Group
-	m    *pb.Message
+	m    *pb.Message // nil: floor is meant
 	size int
+
+	floor uint64
 }
 
 // decodeMessages takes a transport message apart and refuses, as a whole, what
@@ -75,6 +78,15 @@ func decodeMessages(from, to ids.Node, b []byte) ([]groupMessage, error) {
 		if n <= 0 || size > uint64(len(b)-n) {
 			return nil, bad("length cut off or too great")
 		}
+		if g == 0 {
+			f, err := decodeFloor(b[n : n+int(size)])
+			if err != nil {
+				return nil, bad("%v", err)
+			}
+			b = b[n+int(size):]
+			out = append(out, f)
+			continue
+		}
 		m := &pb.Message{}
 		if err := proto.Unmarshal(b[n:n+int(size)], m); err != nil {
 			return nil, bad("%v", err)
@@ -83,7 +95,7 @@ func decodeMessages(from, to ids.Node, b []byte) ([]groupMessage, error) {
 			return nil, bad("%v", err)
 		}
 		b = b[n+int(size):]
-		out = append(out, groupMessage{ids.Group(g), m, int(size)})
+		out = append(out, groupMessage{g: ids.Group(g), m: m, size: int(size)})
 	}
 	return out, nil
 }

@@ -86,6 +86,15 @@ func TestGarbageIsRefused(t *testing.T) {
 
 // snapStream gives what a sender would write for the keys.
 func snapStream(t testing.TB, m *pb.Message, keys ...string) []byte {
+	return stream(t, m, false, keys...)
+}
+
+// bareStream says that it is for a witness.
+func bareStream(t testing.TB, m *pb.Message, keys ...string) []byte {
+	return stream(t, m, true, keys...)
+}
+
+func stream(t testing.TB, m *pb.Message, bare bool, keys ...string) []byte {
 	raw, err := proto.Marshal(m)
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +107,7 @@ func snapStream(t testing.TB, m *pb.Message, keys ...string) []byte {
 		done <- buf.Bytes()
 	}()
 	s := newSnapWriter(a)
-	err = s.frame(frameBegin, wire.MustMarshal(snapBegin{tg, raw}), nil)
+	err = s.frame(frameBegin, wire.MustMarshal(snapBegin{tg, raw, bare}), nil)
 	for _, k := range keys {
 		if err == nil {
 			err = s.add(append([]byte{kindData}, k...), []byte("v"))
@@ -188,6 +197,7 @@ func TestBadSnapshotsAreRefused(t *testing.T) {
 
 func FuzzMessages(f *testing.F) {
 	f.Add(framed(f, message(pb.MsgHeartbeat, nil), message(pb.MsgVote, nil)))
+	f.Add(appendFloor(framed(f, message(pb.MsgHeartbeat, nil)), tg, 300))
 	f.Add(framed(f, message(pb.MsgApp, func(m *pb.Message) { m.Entries = []*pb.Entry{entry(1, 1, ""), entry(2, 3, "")} })))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ms, err := decodeMessages(2, 1, b)
@@ -196,7 +206,9 @@ func FuzzMessages(f *testing.F) {
 		}
 		var again []byte
 		for _, m := range ms {
-			if again, err = appendMessage(again, m.g, m.m); err != nil {
+			if m.m == nil {
+				again = appendFloor(again, m.g, m.floor)
+			} else if again, err = appendMessage(again, m.g, m.m); err != nil {
 				t.Fatal(err)
 			}
 		}

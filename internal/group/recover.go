@@ -54,8 +54,8 @@ func (h *Host) scan() error {
 		if err != nil {
 			return err
 		}
-		if len(v) != 1 || v[0] != replicaVersion {
-			return errs.E(errs.Corrupt, "read", fmt.Sprintf("replica of group %d", g), "record %x, want version %d", v, replicaVersion)
+		if err := h.checkReplica(g, v); err != nil {
+			return err
 		}
 		h.disk[g] = true
 		return nil
@@ -97,7 +97,7 @@ func (h *Host) createReplica(g ids.Group) error {
 	if g == 0 || g+1 == 0 {
 		return errs.E(errs.Invalid, "create replica", fmt.Sprintf("group %d", g), "no such group number")
 	}
-	return dbErr(h.logDB.Set(logKey(g, logReplica), []byte{replicaVersion}, pebble.Sync), "create replica", fmt.Sprintf("group %d", g))
+	return dbErr(h.logDB.Set(logKey(g, logReplica), h.replicaRecord(), pebble.Sync), "create replica", fmt.Sprintf("group %d", g))
 }
 
 // bootstrap gives the empty replica of g its first point. It goes like the
@@ -184,7 +184,7 @@ func (h *Host) loadLog(g ids.Group) (*groupLog, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &groupLog{g: g, db: h.logDB, tails: &h.tails, start: applied}
+	l := &groupLog{g: g, db: h.logDB, tails: &h.tails, start: applied, bare: h.cfg.Witness}
 	v, err := get(h.logDB, logKey(g, logTrunc), place)
 	if err != nil {
 		return nil, err

@@ -51,7 +51,8 @@ const (
 
 type snapBegin struct {
 	Group ids.Group `cbor:"1,keyasint"`
-	Msg   []byte    `cbor:"2,keyasint"` // raft's MsgSnap
+	Msg   []byte    `cbor:"2,keyasint"`           // raft's MsgSnap
+	Bare  bool      `cbor:"3,keyasint,omitempty"` // for a witness: no chunk follows
 }
 
 type snapChunk struct {
@@ -76,6 +77,11 @@ func (w *worker) startSnapshot(g *Group, m *pb.Message) {
 	to := ids.Node(m.GetTo())
 	g.holds[m.GetTo()] = m.GetSnapshot().GetMetadata().GetIndex()
 	h, term := w.h, m.GetTerm()
+	var bare *pb.SnapshotMetadata
+	if h.witness(to) {
+		bare = m.GetSnapshot().GetMetadata()
+		g.told = max(g.told, bare.GetIndex())
+	}
 	// The state may be behind the configuration raft uses, which has the peer.
 	ready := g.awaitApplied(w.ctx, g.confAt)
 	h.spawn(w.wg, "snapshot sender", func() error {
@@ -89,7 +95,7 @@ func (w *worker) startSnapshot(g *Group, m *pb.Message) {
 				err = w.ctx.Err()
 			}
 			if err == nil {
-				err = h.sendSnapshot(w.ctx, g, to, term)
+				err = h.sendSnapshot(w.ctx, g, to, term, bare)
 			}
 			<-h.sending
 		default:
@@ -118,9 +124,9 @@ func (w *worker) startSnapshot(g *Group, m *pb.Message) {
 	})
 }
 
-// sendSnapshot streams the group's state as it is now. One iterator sees one
-// state: the applied record, which comes first, and the keys belong together.
-func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uint64) error {
+// sendSnapshot streams the group's state as it is now, or to a witness only what
+// raft has to know of the point in bare.
+func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uint64, bare *pb.SnapshotMetadata) error {
 	place := fmt.Sprintf("snapshot of group %d to %v", g.id, to)
 	dctx, cancel := context.WithTimeout(ctx, snapshotStall)
 	defer cancel()
@@ -131,45 +137,24 @@ func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uin
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 
-	lo, hi := groupBounds(g.id)
-	it, err := h.stateDB.NewIter(&pebble.IterOptions{LowerBound: lo, UpperBound: hi})
-	if err != nil {
-		return dbErr(err, "send", place)
-	}
-	defer it.Close()
-	if !it.First() || !bytes.Equal(it.Key(), appliedKey(g.id)) {
-		return errors.Join(errs.E(errs.Corrupt, "send", place, "the state has no record"), it.Error())
-	}
-	v, err := it.ValueAndErr()
-	if err != nil {
-		return dbErr(err, "send", place)
-	}
-	p, err := decodePoint(v, place)
-	if err != nil {
-		return err
-	}
-	msg, err := proto.Marshal(&pb.Message{
-		Type: pb.MsgSnap.Enum(), From: new(uint64(h.cfg.Self)), To: new(uint64(to)), Term: &term,
-		Snapshot: &pb.Snapshot{Metadata: &pb.SnapshotMetadata{Index: &p.index, Term: &p.term, ConfState: p.conf}},
-	})
-	if err != nil {
-		return err
-	}
 	s := newSnapWriter(c)
-	if err := s.frame(frameBegin, wire.MustMarshal(snapBegin{g.id, msg}), nil); err != nil {
-		return errs.Wrap(err, "send", place)
-	}
-	for ok := it.Next(); ok; ok = it.Next() {
-		v, err := it.ValueAndErr()
+	begin := func(md *pb.SnapshotMetadata) error {
+		msg, err := proto.Marshal(&pb.Message{
+			Type: pb.MsgSnap.Enum(), From: new(uint64(h.cfg.Self)), To: new(uint64(to)), Term: &term,
+			Snapshot: &pb.Snapshot{Metadata: md},
+		})
 		if err != nil {
-			return dbErr(err, "send", place)
+			return err
 		}
-		if err := s.add(it.Key()[8:], v); err != nil {
-			return errs.Wrap(err, "send", place)
-		}
+		return errs.Wrap(s.frame(frameBegin, wire.MustMarshal(snapBegin{g.id, msg, bare != nil}), nil), "send", place)
 	}
-	if err := it.Error(); err != nil {
-		return dbErr(err, "send", place)
+	if bare != nil {
+		err = begin(bare)
+	} else {
+		err = h.sendState(g, place, s, begin)
+	}
+	if err != nil {
+		return err
 	}
 	if err := s.end(); err != nil {
 		return errs.Wrap(err, "send", place)
@@ -189,6 +174,41 @@ func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uin
 		return errs.E(errs.Unavailable, "send", place, "refused: %s", a.Refused)
 	}
 	return nil
+}
+
+// sendState sends the beginning and all keys. One iterator sees one state: the
+// applied record, which comes first, and the keys belong together.
+func (h *Host) sendState(g *Group, place string, s *snapWriter, begin func(*pb.SnapshotMetadata) error) error {
+	lo, hi := groupBounds(g.id)
+	it, err := h.stateDB.NewIter(&pebble.IterOptions{LowerBound: lo, UpperBound: hi})
+	if err != nil {
+		return dbErr(err, "send", place)
+	}
+	defer it.Close()
+	if !it.First() || !bytes.Equal(it.Key(), appliedKey(g.id)) {
+		return errors.Join(errs.E(errs.Corrupt, "send", place, "the state has no record"), it.Error())
+	}
+	v, err := it.ValueAndErr()
+	if err != nil {
+		return dbErr(err, "send", place)
+	}
+	p, err := decodePoint(v, place)
+	if err != nil {
+		return err
+	}
+	if err := begin(&pb.SnapshotMetadata{Index: &p.index, Term: &p.term, ConfState: p.conf}); err != nil {
+		return err
+	}
+	for ok := it.Next(); ok; ok = it.Next() {
+		v, err := it.ValueAndErr()
+		if err != nil {
+			return dbErr(err, "send", place)
+		}
+		if err := s.add(it.Key()[8:], v); err != nil {
+			return errs.Wrap(err, "send", place)
+		}
+	}
+	return dbErr(it.Error(), "send", place)
 }
 
 // snapWriter makes the frames of a snapshot.
@@ -345,6 +365,10 @@ func (h *Host) fillSnapshot(from ids.Node, c net.Conn) (*filling, error) {
 	if g == nil {
 		return nil, errs.E(errs.Unavailable, "receive snapshot", "from "+from.String(), "group %d is not open here", begin.Group)
 	}
+	if begin.Bare != h.cfg.Witness { // nobody takes emptiness for state, or state where none is kept
+		return nil, errs.E(errs.Invalid, "receive snapshot", "from "+from.String(), "of group %d: with state: %v, but %v is a witness: %v",
+			g.id, !begin.Bare, h.cfg.Self, h.cfg.Witness)
+	}
 	md := msg.Snapshot.Metadata
 	f := &filling{h: h, g: g, msg: msg, over: make(chan string, 1),
 		at: point{index: md.GetIndex(), term: md.GetTerm(), conf: md.ConfState}}
@@ -375,6 +399,9 @@ func (h *Host) fillSnapshot(from ids.Node, c net.Conn) (*filling, error) {
 			err = bad("chunk %d (type %d) does not match its checksum", chunks, fr.Type)
 		}
 		chunks++
+		if err == nil && begin.Bare {
+			err = bad("state in a snapshot for a witness")
+		}
 		for b := fr.Body; err == nil && len(b) > 0; keys++ {
 			var k, v []byte
 			if k, v, b, err = cutKey(b); err == nil {

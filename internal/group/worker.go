@@ -34,6 +34,18 @@ type stepped struct {
 	fill    *filling                 // a snapshot that raft was told of in this round
 	parked  *parked                  // waits for its snapshot to be installed
 	trims   bool                     // a trim of the log is under way
+
+	// Of a leader.
+	since   uint64              // tick at which it began
+	settled uint64              // entries that may change the configuration end here
+	told    uint64              // a witness's log may begin after this
+	sent    uint64              // the floor last sent
+	heard   map[ids.Node]uint64 // of a witness: when others last spoke
+	heir    ids.Node            // of a witness: to whom it handed over, at tick handed
+	handed  uint64
+
+	floor   uint64 // of a witness: the last entry that no full replica lacks
+	yielded uint64 // no votes are taken before this tick
 }
 
 // parked is a Ready with a snapshot: no further Ready is taken until it is
@@ -130,6 +142,12 @@ func (w *worker) tick() {
 		}
 		if w.ticks%heartbeatTicks == 0 && g.leading {
 			g.showProgress()
+			if w.h.cfg.Witness {
+				w.showNeeds(g)
+			}
+		}
+		if w.ticks%electionTicks == 0 && g.leading {
+			w.tellFloor(g)
 		}
 	}
 }
@@ -138,7 +156,10 @@ func (w *worker) handle(e *event) {
 	g := e.g
 	switch e.kind {
 	case evMessage:
-		if w.acceptable(g, e.msg) {
+		if w.acceptable(g, e.msg) && !w.yields(g, e.msg) {
+			if w.h.cfg.Witness {
+				g.heard[ids.Node(e.msg.GetFrom())] = w.ticks
+			}
 			// Errors mean that raft does not want the message (now).
 			_ = g.rn.Step(e.msg)
 		}
@@ -162,6 +183,8 @@ func (w *worker) handle(e *event) {
 		w.offer(g, e.fill)
 	case evInstalled:
 		g.parked.installed = true
+	case evFloor:
+		w.hear(g, e.from, e.index)
 	}
 	w.mark(g)
 }
@@ -195,6 +218,9 @@ func (w *worker) propose(g *Group, p *proposal) {
 		return
 	case b.RaftState != raft.StateLeader:
 		refuse(&NotLeaderError{g.id, ids.Node(b.Lead)})
+		return
+	case w.h.cfg.Witness: // changes of its replicas too: it has no say in them
+		refuse(g.notHere("propose to group"))
 		return
 	case b.LeadTransferee != 0:
 		refuse(errs.E(errs.Busy, "propose to group", fmt.Sprint(g.id), "leadership is moving to %v", ids.Node(b.LeadTransferee)))
@@ -260,6 +286,7 @@ func (w *worker) round() error {
 			g.dropFill("a snapshot is being installed")
 			continue
 		}
+		w.handOver(g)
 		if !g.rn.HasReady() {
 			g.dropFill("not wanted")
 			continue
@@ -377,10 +404,16 @@ func (w *worker) notice(g *Group) {
 	if !leading || b.GetTerm() != g.term {
 		g.ready = false
 	}
+	if leading && (!g.leading || b.GetTerm() != g.term) {
+		g.since, g.settled, g.told, g.sent, g.heir = w.ticks, 0, 0, 0, 0
+		clear(g.heard)
+	}
 	g.leading, g.lead, g.term = leading, b.Lead, b.GetTerm()
 	if leading && !g.ready {
 		t, err := g.log.Term(b.GetCommit())
-		g.ready = err == nil && t == g.term
+		if g.ready = err == nil && t == g.term; g.ready {
+			g.settled, g.told = max(g.settled, b.GetCommit()), max(g.told, b.GetCommit()) // whatever the leaders before did
+		}
 		again = again || g.ready
 	}
 	g.publish()
@@ -408,6 +441,9 @@ func (w *worker) match(g *Group, ents []*pb.Entry) {
 		if p := g.props[entryID(e)]; p != nil {
 			p.index = e.GetIndex()
 			g.byIndex[p.index] = p
+		}
+		if e.GetType() == pb.EntryConfChangeV2 {
+			g.settled = e.GetIndex()
 		}
 	}
 	if p := g.change; p != nil && p.index == 0 {
@@ -458,22 +494,29 @@ func (w *worker) post(g *Group, m *pb.Message) {
 		w.startSnapshot(g, m)
 		return
 	}
-	o := w.out[to]
-	if o == nil {
-		o = &outgoing{}
-		w.out[to] = o
-	}
+	o := w.outgoing(to, g)
 	if len(o.buf) > 0 && len(o.buf)+proto.Size(m) > frameTarget {
 		w.deliver(to, o)
+		o.groups = append(o.groups, g)
 	}
 	b, err := appendMessage(o.buf, g.id, m)
 	if err != nil { // our own message does not encode
 		panic(err)
 	}
 	o.buf = b
+}
+
+// outgoing returns the transport message for to, which gets something of g.
+func (w *worker) outgoing(to ids.Node, g *Group) *outgoing {
+	o := w.out[to]
+	if o == nil {
+		o = &outgoing{}
+		w.out[to] = o
+	}
 	if n := len(o.groups); n == 0 || o.groups[n-1] != g {
 		o.groups = append(o.groups, g)
 	}
+	return o
 }
 
 func (w *worker) flush() {
@@ -508,7 +551,11 @@ func (h *Host) Receive(from ids.Node, msg []byte) error {
 		if g == nil { // not here, or not open yet
 			continue
 		}
-		if !h.in.push(event{kind: evMessage, g: g, msg: m.m, size: m.size}) {
+		e := event{kind: evMessage, g: g, msg: m.m, size: m.size}
+		if m.m == nil {
+			e.kind, e.from, e.index = evFloor, from, m.floor
+		}
+		if !h.in.push(e) {
 			dropped++
 		}
 	}
