@@ -74,18 +74,15 @@ func TestComeAndGo(t *testing.T) {
 	if err := n1.Leave(ctx, func(s string) { said = append(said, s) }); err != nil {
 		t.Fatal(err, said)
 	}
-	await(t, "n1's directory is no node's", func() bool {
-		_, err := os.Lstat(cfg1.path(fileNode))
-		return os.IsNotExist(err)
+	await(t, "nothing is left of n1 in its directory", func() bool {
+		m, err := filepath.Glob(filepath.Join(cfg1.Dir, "*"))
+		return err == nil && !slices.ContainsFunc(m, func(f string) bool { return filepath.Base(f) != "sock" })
 	})
 	voters(t, n2, 2, 3, 4)
 	await(t, "n1 has left", func() bool { return (*n2.known.Load())[1].State == record.Left })
 	await(t, "n4 holds the authority's key", func() bool { return holdsAuthority(cfg4) })
 	if len(said) == 0 || !strings.Contains(said[len(said)-1], "stops") {
 		t.Errorf("it said %q", said)
-	}
-	if m, err := filepath.Glob(filepath.Join(cfg1.Dir, "*")); err != nil || slices.ContainsFunc(m, func(f string) bool { return filepath.Base(f) != "sock" }) {
-		t.Errorf("left behind: %v %v", m, err)
 	}
 
 	// One dies for good and is put out.
@@ -225,4 +222,52 @@ func TestClientNode(t *testing.T) {
 		return err == nil && !bytes.Equal(was, now)
 	})
 	settled(t, c, 2)
+}
+
+// Two nodes and a witness: it votes, holds logs and no keys, and lets either of
+// the two die; a third storing node takes its seat.
+func TestWitness(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	n2, cfg2, stop2 := join(t, ctx, n1, record.RoleStore)
+	settled(t, n2, 2)
+	w, wcfg, _ := join(t, ctx, n1, record.RoleWitness)
+	for _, n := range []*Node{n1, n2, w} {
+		settled(t, n, 3)
+		voters(t, n, 1, 2, 3)
+	}
+	if err := w.healthy(); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []string{fileCAKey, fileVolume, "blocks"} {
+		if _, err := os.Lstat(wcfg.path(f)); !os.IsNotExist(err) {
+			t.Errorf("a witness has %s (%v)", f, err)
+		}
+	}
+	if got := n1.storing(); !slices.Equal(got, []ids.Node{1, 2}) {
+		t.Errorf("blocks are kept by %v", got)
+	}
+	if err := w.Leave(ctx, func(string) {}); err != nil { // and in again, under another number
+		t.Fatal(err)
+	}
+	voters(t, n1, 1, 2)
+	w, _, _ = join(t, ctx, n1, record.RoleWitness)
+	voters(t, n1, 1, 2, 4)
+	voters(t, n2, 1, 2, 4)
+
+	lead, _ := n1.rec.Leader()
+	stop2() // with the leader or without
+	await(t, "the record is written again", func() bool {
+		_, err := n1.token(ctx, &TokenRequest{})
+		return err == nil
+	})
+	t.Logf("n2 died, n%d led", lead)
+	n2, _ = start(t, cfg2)
+	settled(t, n2, 3)
+	await(t, "n2 has caught up", func() bool { return n2.rec.Status().Applied == n1.rec.Status().Applied })
+	n3, _, _ := join(t, ctx, n1, record.RoleStore)
+	voters(t, n1, 1, 2, 5)
+	voters(t, n3, 1, 2, 5)
+	await(t, "the witness is a learner", func() bool { return slices.Contains(n1.rec.Status().Learners, w.id) })
 }

@@ -179,7 +179,7 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 		}
 	}
 	if r.Role != record.RoleClient {
-		if err := joinGroups(cfg, r.Node); err != nil {
+		if err := joinGroups(cfg, r.Node, r.Role == record.RoleWitness); err != nil {
 			return err
 		}
 	}
@@ -191,8 +191,8 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 }
 
 // joinGroups makes the empty replicas of a node that is to have some.
-func joinGroups(cfg Config, self ids.Node) error {
-	host, err := group.New(group.Config{Self: self, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
+func joinGroups(cfg Config, self ids.Node, witness bool) error {
+	host, err := group.New(group.Config{Self: self, Witness: witness, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
 	if err != nil {
 		return err
 	}

@@ -165,8 +165,9 @@ func (n *Node) part(name string) *slog.Logger { return n.cfg.Log.With("part", na
 
 // openGroups makes what a node that votes has.
 func (n *Node) openGroups(undo *[]func() error) (err error) {
+	witness := n.disk.Role == record.RoleWitness
 	n.host, err = group.New(group.Config{Self: n.id, Dir: n.cfg.path("groups"), Transport: transport{n.ep}, Log: n.part("group"),
-		FS: vfs.OnDiskFull(vfs.Default, n.ballast.give)})
+		Witness: witness, IsWitness: n.witness, FS: vfs.OnDiskFull(vfs.Default, n.ballast.give)})
 	if err != nil {
 		return err
 	}
@@ -181,8 +182,11 @@ func (n *Node) openGroups(undo *[]func() error) (err error) {
 			n.cfg.Log.Warn("snapshot not taken", "from", from.String(), "err", err)
 		}
 	})
-	recm := &record.Machine{OnChange: func(uint64) { n.refreshMembers() }}
-	volm := &volume.Machine{OnBlocks: func(names []volume.BlockName) { n.blocks.Ensure(names) }}
+	var recm, volm group.Machine // a witness has none
+	if !witness {
+		recm = &record.Machine{OnChange: func(uint64) { n.refreshMembers() }}
+		volm = &volume.Machine{OnBlocks: func(names []volume.BlockName) { n.blocks.Ensure(names) }}
+	}
 	if n.rec, err = n.host.Open(ids.RecordGroup, recm); err != nil {
 		return err
 	}
@@ -549,11 +553,15 @@ func (n *Node) askFirst() []ids.Node {
 	return out
 }
 
+// witness reports whether a node keeps logs only.
+func (n *Node) witness(p ids.Node) bool {
+	return (*n.known.Load())[p].Role == record.RoleWitness || p == n.id && n.disk.Role == record.RoleWitness
+}
+
 // storing lists the nodes that keep the root volume's blocks: its voters but
 // for a witness.
 func (n *Node) storing() []ids.Node {
-	known := *n.known.Load()
-	return slices.DeleteFunc(slices.Clone(n.root.Status().Voters), func(v ids.Node) bool { return known[v].Role == record.RoleWitness })
+	return slices.DeleteFunc(slices.Clone(n.root.Status().Voters), n.witness)
 }
 
 // holders lists the nodes that may have blocks: all that store.
