@@ -48,7 +48,7 @@ const (
 
 // Descriptors of an init, after stdin, stdout and stderr.
 const (
-	fdGo     = 3 + iota // read: one byte when the cable is plugged; end of file when the maker died
+	fdGo     = 3 + iota // read: one byte when cable and disk are there; end of file when the maker died
 	fdReply             // write: "ready\n", or why not
 	fdListen            // nodes only: the listening control socket
 )

@@ -54,10 +54,10 @@ func InitMain() {
 			_ = unix.Pause()
 		}
 	}
+	waitGo() // the disk may still be in the making
 	if err := setUpNode(spec); err != nil {
 		fail(err)
 	}
-	waitGo()
 	if err := setUpNetwork(spec); err != nil {
 		fail(err)
 	}

@@ -369,12 +369,15 @@ func identify(pid int) (procID, error) {
 	return procID{Pid: pid, Start: start}, nil
 }
 
-// alive reports whether p still runs. A zombie has no namespace, no memory and
-// no file left: it counts as gone.
+// alive reports whether p still runs. A zombie without threads has no namespace,
+// no memory and no file left: it counts as gone.
 func (p procID) alive() bool {
 	if p.Pid <= 0 {
 		return false
 	}
 	f, err := statFields(p.Pid)
-	return err == nil && f[0] != "Z" && f[0] != "X" && f[19] == fmt.Sprint(p.Start)
+	if err != nil || f[0] == "X" || f[19] != fmt.Sprint(p.Start) {
+		return false
+	}
+	return f[0] != "Z" || f[17] != "1" && f[17] != "0" // the first thread may be dead before the others
 }
