@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -228,17 +229,19 @@ func labHooks() lab.Hooks {
 		Daemon: func(n lab.Node) []string {
 			// The machine's settings are not those of the lab's nodes.
 			common := []string{"--config", "", "--addr", n.Addr.String() + ":7400", "--dir", n.DataDir, "--mount", n.Mount, "--share", "0.34"}
-			if n.Fresh && !n.First {
-				return append([]string{exe, "join", n.Peer.String() + ":7400", n.Token}, common...)
+			if !n.Fresh || n.First {
+				return append([]string{exe, "up"}, common...)
 			}
-			return append([]string{exe, "up"}, common...)
+			how := map[lab.Kind][]string{lab.Store: {"join"}, lab.Client: {"join", "--client"}, lab.Witness: {"witness"}}[n.Kind]
+			argv := append([]string{exe}, how...)
+			return append(append(argv, n.Peer.String()+":7400", n.Token), common...)
 		},
 		Healthy: func(ctx context.Context, l *lab.Lab, n lab.Node) error {
 			_, err := run(ctx, l, n.Name, "status", "--healthy")
 			return err
 		},
-		Token: func(ctx context.Context, l *lab.Lab) (string, error) {
-			return run(ctx, l, "n1", "token", "--quiet", "--uses", "64", "--expires", "1h")
+		Token: func(ctx context.Context, l *lab.Lab, from string) (string, error) {
+			return run(ctx, l, from, "token", "--quiet", "--uses", strconv.Itoa(lab.MaxNodes), "--expires", "1h")
 		},
 	}
 }

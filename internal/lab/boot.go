@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -36,9 +37,9 @@ type initSpec struct {
 	Neighbours map[string]string // the other nodes' hardware addresses
 
 	// The rest is for relays.
-	NetOf int           // process whose network namespace to enter
-	Port  int           // the port to stand before
-	Delay time.Duration // each way
+	NetOf int // process whose network namespace to enter
+	Port  int // the port to stand before
+	Link  Link
 }
 
 const (
@@ -159,6 +160,7 @@ func (s *state) startSwitch(ctx context.Context) error {
 		return err
 	}
 	defer b.close()
+	reached("switch spawned")
 	s.Switch = b.proc
 	if err := s.save(); err != nil {
 		return err
@@ -185,6 +187,12 @@ func (s *state) boot(ctx context.Context, nodes []*nodeState, before func() erro
 				others[o.Addr.String()] = macString(s.mac(o.Index))
 			}
 		}
+		if err := os.MkdirAll(filepath.Dir(s.image(n.Name)), 0o755); err != nil {
+			return errs.Wrap(err, "lab: start", n.Name)
+		}
+		if err := s.bootClock(n); err != nil {
+			return err
+		}
 		cg, err := makeCgroups(s.Name, n.Name)
 		if err != nil {
 			return err
@@ -206,14 +214,17 @@ func (s *state) boot(ctx context.Context, nodes []*nodeState, before func() erro
 		if err != nil {
 			return err
 		}
+		reached("node spawned")
 		b.n = n
-		n.Proc, n.On = b.proc, true
+		n.Proc, n.On, n.Ready = b.proc, true, false
 		started = append(started, b)
 	}
 	if err := s.save(); err != nil {
 		return err
 	}
+	reached("nodes recorded")
 	err := s.plug(ctx, nodes)
+	reached("plugged")
 	if before != nil {
 		if berr := before(); err == nil {
 			err = berr
@@ -228,6 +239,12 @@ func (s *state) boot(ctx context.Context, nodes []*nodeState, before func() erro
 		wg.Go(func() { failed[i] = errs.Wrap(b.proceed(ctx), "lab: power on", b.n.Name) })
 	}
 	wg.Wait()
+	for i, b := range started {
+		b.n.Ready = failed[i] == nil
+	}
+	if err := s.save(); err != nil {
+		return err
+	}
 	for _, err := range failed {
 		if err != nil {
 			return err
@@ -236,10 +253,18 @@ func (s *state) boot(ctx context.Context, nodes []*nodeState, before func() erro
 	return nil
 }
 
+// deviceRemedy says what to do about a device that cannot be opened.
+func deviceRemedy(err error, module string) string {
+	if errors.Is(err, os.ErrPermission) {
+		return "root may not use it here: in a container, run it with --privileged"
+	}
+	return "modprobe " + module + ", or a kernel that has it; in a container, run it with --privileged"
+}
+
 // preflight says what is missing on this machine before anything is made.
 func preflight() error {
 	if os.Geteuid() != 0 {
-		return errs.E(errs.Permission, "lab up", "", "namespaces, loop devices and mounts need root").WithRemedy("sudo unum lab up")
+		return needsRoot("lab up")
 	}
 	var missing []string
 	pkgs := map[string]bool{}
@@ -264,7 +289,7 @@ func preflight() error {
 	for _, d := range []struct{ dev, mod string }{{"/dev/loop-control", "loop"}, {"/dev/fuse", "fuse"}} {
 		f, err := os.OpenFile(d.dev, os.O_RDWR, 0)
 		if err != nil {
-			return errs.E(errs.NotSupported, "lab up", d.dev, "%w", err).WithRemedy("modprobe %s", d.mod)
+			return errs.E(errs.NotSupported, "lab up", d.dev, "%w", err).WithRemedy("%s", deviceRemedy(err, d.mod))
 		}
 		f.Close()
 	}

@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -37,6 +36,9 @@ func (e *ExitError) Error() string {
 
 // Unwrap returns Err.
 func (e *ExitError) Unwrap() error { return e.Err }
+
+// errQuiet is a failure of which there is nothing to say but its code.
+var errQuiet = errors.New("interrupted")
 
 // labFailure is the exit code when the lab, not the command, failed.
 const labFailure = 125
@@ -73,6 +75,9 @@ func verb(f func(ctx context.Context, cmd *cobra.Command, args []string) error) 
 		}
 		select {
 		case s := <-hit:
+			if err == errQuiet {
+				cmd.SilenceErrors, err = true, nil
+			}
 			return &ExitError{Code: 128 + int(s), Err: err}
 		default:
 			return &ExitError{Code: labFailure, Err: err}
@@ -143,6 +148,10 @@ reach each other and nothing else. Needs root.`,
   unum lab start n2
   unum lab cut n1 n2,n3               # n1 hears nobody
   unum lab heal
+  unum lab delay n3 20ms; unum lab loss n3 5%; unum lab rate n3 10mbit
+  unum lab pause n2; unum lab resume n2
+  unum lab clock n2 +1h
+  unum lab add --client               # n4
   unum lab down`,
 		SilenceUsage: true,
 		Args:         cobra.ArbitraryArgs,
@@ -176,73 +185,35 @@ then everything that ran on them is gone. No signal reaches any program first.`,
 				return l.Kill(ctx, names(args...)...)
 			}),
 		},
-		&cobra.Command{
-			Use: "start NODE...", Short: "Give nodes power: same disk, same address",
-			Long: `Give nodes power again, with the disks and addresses they had, and wait until
-they are healthy. It does not wait when they cannot be healthy: while a cut is in
-force, or while most nodes of the lab have no power.`,
-			Example: "  unum lab start n2",
-			Args:    atLeast(1, "a node, as in n2"),
-			RunE: verb(func(ctx context.Context, _ *cobra.Command, args []string) error {
-				l, err := open()
-				if err != nil {
-					return err
-				}
-				return l.Start(ctx, names(args...)...)
-			}),
-		},
-		&cobra.Command{
-			Use: "cut NODES [NODES]", Short: "Drop everything between two sets of nodes, both ways",
-			Long: `Drop everything between two sets of nodes, both ways and silently, as a cut
-cable does. With one set, between it and all other nodes. Several cuts add up.`,
-			Example: "  unum lab cut n1 n2,n3\n  unum lab cut n1",
-			Args: func(cmd *cobra.Command, args []string) error {
-				if len(args) != 1 && len(args) != 2 {
-					return usage("%s: want one or two lists of nodes, as in n1 n2,n3", cmd.CommandPath())
-				}
-				return nil
-			},
-			RunE: verb(func(ctx context.Context, _ *cobra.Command, args []string) error {
-				l, err := open()
-				if err != nil {
-					return err
-				}
-				return l.Cut(ctx, names(args[0]), names(args[1:]...))
-			}),
-		},
-		&cobra.Command{
-			Use: "heal", Short: "End all cuts and delays", Args: exactly(0, "no argument"),
-			Example: "  unum lab heal",
-			RunE: verb(func(ctx context.Context, _ *cobra.Command, _ []string) error {
-				l, err := open()
-				if err != nil {
-					return err
-				}
-				return l.Heal(ctx)
-			}),
-		},
-		&cobra.Command{
-			Use: "delay NODE TIME", Short: "Hold what a node sends and receives for a time",
-			Example: "  unum lab delay n1 20ms\n  unum lab delay n1 0",
-			Args:    exactly(2, "a node and a time, as in n1 20ms"),
-			RunE: verb(func(ctx context.Context, _ *cobra.Command, args []string) error {
-				d, err := time.ParseDuration(args[1])
-				if err != nil {
-					return errs.E(errs.Invalid, "lab delay", args[1], "want a time with its unit, as in 20ms")
-				}
-				l, err := open()
-				if err != nil {
-					return err
-				}
-				return l.Delay(ctx, args[0], d)
-			}),
-		},
-		statusCommand(open),
+		startCommand(open),
+		statusCommand(open), logsCommand(open), addCommand(open), wipeCommand(open),
 	)
+	root.AddCommand(faultCommands(open)...)
 	for _, c := range root.Commands() {
 		c.SilenceUsage = true
 	}
 	return root
+}
+
+func startCommand(open opener) *cobra.Command {
+	var noWait bool
+	c := &cobra.Command{
+		Use: "start NODE...", Short: "Give nodes power: same disk, same address",
+		Long: `Give nodes power again, with the disks and addresses they had, and wait until
+they are healthy. It does not wait when they cannot be healthy: while a cut is in
+force, or while most nodes of the lab have no power or are paused.`,
+		Example: "  unum lab start n2\n  unum lab start --no-wait n2,n3",
+		Args:    atLeast(1, "a node, as in n2"),
+		RunE: verb(func(ctx context.Context, _ *cobra.Command, args []string) error {
+			l, err := open()
+			if err != nil {
+				return err
+			}
+			return l.start(ctx, names(args...), !noWait)
+		}),
+	}
+	c.Flags().BoolVar(&noWait, "no-wait", false, "start the daemons and return")
+	return c
 }
 
 func upCommand(h Hooks, name *string) *cobra.Command {
@@ -250,12 +221,18 @@ func upCommand(h Hooks, name *string) *cobra.Command {
 	size := "4G"
 	c := &cobra.Command{
 		Use: "up", Short: "Make a lab; returns when every node is healthy",
-		Example: "  unum lab up\n  unum lab up --nodes 5 --name big --disk-size 8G",
+		Example: "  unum lab up\n  unum lab up --nodes 5 --name big --disk-size 8G\n  unum lab up --nodes 2 --witness --clients 1   # n3 is the witness, n4 the client",
 		Args:    exactly(0, "no argument"),
 		RunE: verb(func(ctx context.Context, cmd *cobra.Command, _ []string) error {
 			n, err := parseSize(size)
 			if err != nil {
 				return err
+			}
+			if cfg.Nodes < 1 {
+				return errs.E(errs.Invalid, "lab up", *name, "%d nodes: want 1 to %d", cfg.Nodes, MaxNodes)
+			}
+			if cfg.Timeout <= 0 {
+				return errs.E(errs.Invalid, "lab up", *name, "want a time-out above 0")
 			}
 			cfg.Name, cfg.DiskSize, cfg.Progress = *name, n, cmd.ErrOrStderr()
 			l, err := Up(ctx, cfg)
@@ -270,7 +247,9 @@ func upCommand(h Hooks, name *string) *cobra.Command {
 			return nil
 		}),
 	}
-	c.Flags().IntVar(&cfg.Nodes, "nodes", DefaultNodes, "how many nodes")
+	c.Flags().IntVar(&cfg.Nodes, "nodes", DefaultNodes, "how many nodes that store")
+	c.Flags().BoolVar(&cfg.Witness, "witness", false, "and a witness, numbered after them")
+	c.Flags().IntVar(&cfg.Clients, "clients", 0, "and so many clients, numbered last")
 	c.Flags().StringVar(&cfg.Dir, "dir", "", "directory for disks, logs and state (default "+defaultBase+"/NAME)")
 	c.Flags().StringVar(&size, "disk-size", size, "size of each node's disk; takes only what is written")
 	c.Flags().DurationVar(&cfg.Timeout, "timeout", defaultTimeout, "give up and clean up after this time")
@@ -361,7 +340,7 @@ func execHere(l *Lab, node string, argv []string) (int, error) {
 	return p.Wait()
 }
 
-func statusCommand(open func() (*Lab, error)) *cobra.Command {
+func statusCommand(open opener) *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
 		Use: "status", Short: "How the lab and its nodes are", Args: exactly(0, "no argument"),
@@ -421,6 +400,9 @@ func downOne(ctx context.Context, name string, out io.Writer) error {
 	switch {
 	case errs.Has(err, errs.NotFound):
 		fmt.Fprintf(out, "there is no lab %s on this machine: nothing to do\n", name)
+		if labs, err := List(); err == nil && len(labs) == 1 {
+			fmt.Fprintf(out, "there is one called %s: unum lab down --name %s\n", labs[0], labs[0])
+		}
 		return nil
 	case err != nil:
 		return err

@@ -70,6 +70,8 @@ func TestCommandLine(t *testing.T) {
 	do(125, "delay", "n1", "soon")
 	do(0, "heal")
 
+	faultVerbs(t, name, do)
+
 	// Standard input, and a signal to the client, reach the command.
 	c := cli(t, "exec", "--name", name, "n1", "--", "sh", "-c", "read x; trap 'echo got INT; exit 9' INT; echo $x; while :; do sleep 0.1; done")
 	c.Stdin = strings.NewReader("line\n")
@@ -130,12 +132,113 @@ func TestCommandLine(t *testing.T) {
 	do(0, "down")
 }
 
+// faultVerbs tries the verbs that do something to nodes, on a lab of two.
+func faultVerbs(t *testing.T, name string, do func(code int, args ...string) string) {
+	t.Helper()
+	do(0, "cut", "--one-way", "n1", "n2")
+	do(0, "delay", "n1,n2", "1ms")
+	do(0, "loss", "--seed", "7", "n1", "0.5%")
+	do(0, "rate", "n1", "10mbit")
+	do(0, "clock", "n1", "-1h")
+	do(0, "clock", "--boot", "n1", "30s")
+	do(0, "pause", "--daemon", "n2")
+	var st Status
+	if err := json.Unmarshal([]byte(do(0, "status", "--json")), &st); err != nil {
+		t.Fatal(err)
+	}
+	if k := st.Links["n1"]; k != (Link{time.Millisecond, 0.005, 7, 10_000_000}) || st.Links["n2"].Delay != time.Millisecond ||
+		len(st.OneWayCuts) != 1 || st.Clocks["n1"] != (Clock{-time.Hour, 30 * time.Second}) || st.Paused["n2"] != "daemon" {
+		t.Errorf("status: %+v", st)
+	}
+	out := do(0, "status")
+	for _, line := range []string{"cut: n1 -> n2", "link: n1, each way: delay 1ms, loss 0.5% (seed 7), rate 10mbit", "link: n2, each way: delay 1ms",
+		"clock: n1, wall=-1h0m0s boot=+30s", "paused: n2, its daemon"} {
+		if !strings.Contains(out, line+"\n") {
+			t.Errorf("status does not say %q:\n%s", line, out)
+		}
+	}
+	do(0, "resume", "n2")
+	do(0, "heal", "n2")
+	if out := do(0, "status"); strings.Contains(out, "cut:") || strings.Contains(out, "link: n2") || !strings.Contains(out, "link: n1") {
+		t.Errorf("n2 healed:\n%s", out)
+	}
+	do(0, "heal")
+	do(0, "clock", "n1", "0")
+	if out := do(0, "add", "--client"); !strings.HasSuffix(out, "n3\n") {
+		t.Errorf("add says %q", out)
+	}
+	do(0, "wipe", "n3")
+	do(0, "start", "--no-wait", "n3")
+	do(0, "logs", "n1")
+	c := cli(t, "logs", "--name", name, "-f", "n1")
+	var said bytes.Buffer
+	r, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Stderr = &said
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	do(0, "exec", "n1", "--", "sh", "-c", "echo followed >> "+(&Lab{dir: st.Dir}).LogPath("n1"))
+	sc := bufio.NewScanner(r)
+	for sc.Scan() && sc.Text() != "followed" {
+	}
+	if err := c.Process.Signal(unix.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	if code := exitCode(c.Wait()); code != 130 || said.Len() > 0 {
+		t.Errorf("logs -f after SIGINT: code %d, %q", code, said.String())
+	}
+	for _, bad := range []string{
+		"loss n1 130%", "loss n1 100%", "loss n1 30", "loss n1 -1%", "loss n1", "loss n9 1%", "loss --seed -1 n1 1%",
+		"rate n1 fast", "rate n1 1bit", "rate n1 1e9gbit", "rate n9 1mbit", "delay n1 2h", "delay n1 -1s", "delay n9 1ms", "delay , 1ms",
+		"cut", "cut n1 n1", "cut --one-way n1 n1", "cut n9", "cut n1,n2,n3", "cut n1 ,", "cut n1 n2 n3", "heal n9", "heal ,",
+		"pause", "pause n9", "pause n1,n9", "resume n9", "resume", "clock n1", "clock n1 later", "clock n1 99999999h", "clock n1 1e30h", "clock --boot n1 -1s",
+		"clock n9 0", "logs", "logs n9", "logs n1 n2", "add n4", "add --count 0", "add --count -1", "add --count 1000", "add --count x", "add --witness --client",
+		"add --timeout 0", "add --timeout -1s", "wipe", "wipe n9", "wipe n1,n9", "start", "start n9", "kill", "kill n01", "kill n0", "kill n1 n9", "exec n1", "exec n9 true",
+		"status n1", "up", "up --nodes 0", "up --nodes 1000", "up --clients -1", "up --timeout 0", "up --disk-size 1e9", "down n1", "bogus n1",
+	} {
+		if out := do(125, strings.Fields(bad)...); !strings.Contains(out, "Error: ") {
+			t.Errorf("%s says %q", bad, out)
+		}
+	}
+	if err := json.Unmarshal([]byte(do(0, "status", "--json")), &st); err != nil || len(st.Nodes) != 3 {
+		t.Errorf("status: %v %+v", err, st)
+	}
+	for _, n := range st.Nodes {
+		if n.Power != "on" || n.Daemon != "running" {
+			t.Errorf("after what was refused: %+v", n)
+		}
+	}
+}
+
+// Every verb explains itself.
+func TestHelp(t *testing.T) {
+	for _, c := range Command(Hooks{}).Commands() {
+		if c.Short == "" || !strings.Contains(c.Example, "unum lab "+c.Name()) {
+			t.Errorf("%s: %q, example %q", c.Name(), c.Short, c.Example)
+		}
+		if code := exitCode(cli(t, c.Name(), "-h").Run()); code != 0 {
+			t.Errorf("%s -h: code %d", c.Name(), code)
+		}
+	}
+}
+
 // More disks than the machine has loop devices.
 func TestManyNodes(t *testing.T) {
 	sameLoops(t)
-	l := upLab(t, "many", 10)
-	if err := l.Kill(t.Context(), "n9", "n10"); err != nil {
+	l := upLab(t, "many", 9)
+	began := time.Now()
+	if _, err := l.Add(t.Context(), AddOptions{Count: 3, Parallel: true}); err != nil {
 		t.Fatal(err)
+	}
+	t.Logf("3 more in %v", time.Since(began))
+	if err := l.Kill(t.Context(), "n9", "n10", "n12"); err != nil {
+		t.Fatal(err)
+	}
+	if !reaches(t, l, "n11", "n2") {
+		t.Error("n11 does not reach n2")
 	}
 	if err := l.Start(t.Context(), "n10", "n9"); err != nil {
 		t.Fatal(err)

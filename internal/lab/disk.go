@@ -27,22 +27,26 @@ func (s *state) image(node string) string { return filepath.Join(s.Dir, node, "d
 // makeDisk makes node's sparse image and a file system in it. Tables are
 // initialised lazily and the journal is small: both are time before first use.
 func (s *state) makeDisk(ctx context.Context, node string) error {
-	img := s.image(node)
-	if err := os.MkdirAll(filepath.Dir(img), 0o700); err != nil {
-		return errs.Wrap(err, "lab up", img)
+	// Under another name until it is whole: an image that is there can be mounted.
+	img := s.image(node) + ".new"
+	if err := os.MkdirAll(filepath.Dir(img), 0o755); err != nil {
+		return errs.Wrap(err, "lab: make disk", img)
 	}
-	f, err := os.OpenFile(img, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(img, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return errs.Wrap(err, "lab up", img)
+		return errs.Wrap(err, "lab: make disk", img)
 	}
 	err = errors.Join(f.Truncate(s.DiskSize), f.Close())
 	if err != nil {
-		return errs.Wrap(err, "lab up", img)
+		return errs.Wrap(err, "lab: make disk", img)
 	}
 	journal := min(max(s.DiskSize>>20/64, 4), 32) // MiB; ext4 wants 1024 blocks at least
 	_, err = tool(ctx, "", "mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-J", fmt.Sprintf("size=%d", journal),
 		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", img)
-	return errs.Wrap(err, "lab up: make disk of", node)
+	if err == nil {
+		err = os.Rename(img, s.image(node))
+	}
+	return errs.Wrap(err, "lab: make disk of", node)
 }
 
 // attachLoop puts image on a free loop device that frees itself when its last
@@ -123,19 +127,41 @@ func loopDevices() []string {
 	return names
 }
 
-// dropLoops removes those of devs that were not there before the lab, unless
-// somebody uses them by now. A kernel comes with some (eight, often); more are
-// added by asking for a free one, and would stay.
-func dropLoops(devs, before []string) {
+// loopsBefore returns the loop devices that were there before any of the labs
+// that stand: those a lab leaves when it is the last. Asked before lab name has any.
+func loopsBefore(name string) []string {
+	devs := loopDevices() // first: a lab that begins meanwhile has its state written by the time it adds one
+	labs, err := List()
+	if err != nil {
+		return devs // then devices may stay; none is taken from anybody
+	}
+	for _, n := range labs {
+		if n == name {
+			continue
+		}
+		if p, err := readPointer(n); err == nil {
+			if s, err := readState(p.Dir); err == nil && len(s.Loops) > 0 {
+				devs = slices.DeleteFunc(devs, func(d string) bool { return !slices.Contains(s.Loops, d) })
+			}
+		}
+	}
+	return devs
+}
+
+// dropLoops removes the loop devices that nobody uses and that were not there
+// before. A kernel comes with some (eight, often); more are added by asking for a
+// free one, and would stay: also those that an init asked for and did not live to
+// take. Who just now got one and has not opened it yet asks again (attachLoop).
+func dropLoops(before []string) {
 	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
 		return // then no lab was made since
 	}
 	defer ctl.Close()
-	for _, d := range devs {
+	for _, d := range loopDevices() {
 		n, err := strconv.Atoi(strings.TrimPrefix(d, "/dev/loop"))
 		if err == nil && !slices.Contains(before, d) {
-			_ = unix.IoctlSetInt(int(ctl.Fd()), unix.LOOP_CTL_REMOVE, n) // busy: it is another's now
+			_ = unix.IoctlSetInt(int(ctl.Fd()), unix.LOOP_CTL_REMOVE, n) // busy: it is used
 		}
 	}
 }
@@ -159,9 +185,15 @@ func waitLoops(dir string) error {
 // cutDiskPower makes node's disk forget what it has not written and refuse all
 // else, as a disk without power does.
 func (s *state) cutDiskPower(n *nodeState) error {
+	if !n.Ready {
+		return nil // nothing has run on it yet; its disk may not be mounted
+	}
 	path := fmt.Sprintf("/proc/%d/root%s", n.Proc.Pid, s.DataDir)
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
+		if !n.Proc.alive() {
+			return nil // it died by itself just now, and its disk with it
+		}
 		return errs.Wrap(err, "lab kill: disk of", n.Name)
 	}
 	defer unix.Close(fd)

@@ -1,13 +1,16 @@
 // Package lab makes a whole cluster on one machine: nodes with their own
-// network, disk, host name and process tree that can lose power, be cut off and
-// be slowed down.
+// network, disk, host name and process tree that can lose power, be cut off, be
+// slowed down, be stopped and have wrong clocks.
 //
 // Words. A lab is a set of nodes n1..nN and one switch. A node is a small init
 // (this program, pid 1 of a new PID, mount, network, UTS and IPC namespace) and
 // what runs below it. The switch is a process that holds a network namespace
 // with the lab's bridge; the port of node nK on it is pK. A node's disk is an
 // ext4 image on a loop device, mounted in that node only. The daemon is the
-// command the caller wants to run on each node (normally the Unum daemon).
+// command the caller wants to run on each node (normally the Unum daemon); which
+// depends on the node's kind: store, witness or client. A node is fresh until it
+// was healthy once with the disk it has. A link is what is wrong with a node's
+// cable: delay, loss, rate.
 //
 // Invariants.
 //   - Intent first: state.json, and before it the pointer below /run/unum-lab,

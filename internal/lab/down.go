@@ -22,13 +22,9 @@ import (
 // node without power stays so.
 func (l *Lab) Kill(ctx context.Context, nodes ...string) error {
 	return l.change(ctx, func(s *state) error {
-		var hit []*nodeState
-		for _, name := range nodes {
-			n, err := s.node(name)
-			if err != nil {
-				return err
-			}
-			hit = append(hit, n)
+		hit, err := s.pick("lab kill", nodes)
+		if err != nil {
+			return err
 		}
 		return s.powerLoss(hit)
 	})
@@ -46,6 +42,7 @@ func (s *state) powerLoss(nodes []*nodeState) error {
 			on = append(on, n)
 		}
 		n.On = false
+		delete(s.Paused, n.Name)
 	}
 	if err := s.save(); err != nil {
 		return err
@@ -67,10 +64,6 @@ func (s *state) powerLoss(nodes []*nodeState) error {
 		if err != nil {
 			return err
 		}
-		devs, err := loopsBelow(filepath.Join(s.Dir, n.Name))
-		if err != nil {
-			return errs.Wrap(err, "lab kill", n.Name)
-		}
 		_ = unix.Kill(n.Proc.Pid, unix.SIGKILL) // pid 1: the kernel kills all the others with it
 		if err := killCgroups(dirs); err != nil {
 			return err
@@ -81,7 +74,7 @@ func (s *state) powerLoss(nodes []*nodeState) error {
 		if err := waitLoops(filepath.Join(s.Dir, n.Name)); err != nil {
 			return err
 		}
-		dropLoops(devs, s.Loops)
+		dropLoops(s.Loops)
 		return nil
 	})
 }
@@ -95,56 +88,6 @@ func waitGone(p procID) error {
 		time.Sleep(time.Millisecond)
 	}
 	return nil
-}
-
-// Pause stops node as SIGSTOP does: only its daemon's process, or everything on
-// it. Its network stays plugged in and its kernel answers pings.
-func (l *Lab) Pause(ctx context.Context, node string, daemonOnly bool) error {
-	return l.stopCont(ctx, node, daemonOnly, unix.SIGSTOP)
-}
-
-// Cont lets a paused node or daemon go on.
-func (l *Lab) Cont(ctx context.Context, node string, daemonOnly bool) error {
-	return l.stopCont(ctx, node, daemonOnly, unix.SIGCONT)
-}
-
-func (l *Lab) stopCont(ctx context.Context, node string, daemonOnly bool, sig unix.Signal) error {
-	if daemonOnly {
-		return l.SignalDaemon(ctx, node, sig)
-	}
-	return l.change(ctx, func(s *state) error {
-		n, err := s.node(node)
-		if err != nil {
-			return err
-		}
-		if !n.On || !n.Proc.alive() {
-			return l.lost("lab", node, nil)
-		}
-		dirs, err := cgroupDirs(s.Name, n.Name)
-		if err != nil {
-			return err
-		}
-		// Until a round finds nobody new: who forks is faster than who lists.
-		done := map[int]bool{n.Proc.Pid: true} // init cannot be asked anything when stopped, and does nothing by itself
-		for again := true; again; {
-			again = false
-			for _, pid := range cgroupPids(dirs) {
-				if !done[pid] {
-					done[pid], again = true, true
-					if err := unix.Kill(pid, sig); err != nil && err != unix.ESRCH {
-						return errs.Wrap(err, "lab: signal", node)
-					}
-				}
-			}
-		}
-		return nil
-	})
-}
-
-// SignalDaemon sends sig to the process of node's daemon.
-func (l *Lab) SignalDaemon(ctx context.Context, node string, sig unix.Signal) error {
-	_, err := l.ask(ctx, node, request{Op: "signal", Sig: int(sig)}, nil)
-	return err
 }
 
 // Down removes the lab called name and everything it made, also when it is half
@@ -180,10 +123,6 @@ func (l *Lab) remove(s *state) error {
 	if err != nil {
 		return err
 	}
-	devs, err := loopsBelow(l.dir)
-	if err != nil {
-		return errs.Wrap(err, "lab down", l.name)
-	}
 	// 1. Processes: with them go mounts, loop devices, interfaces and the bridge.
 	if err := killStrays(l.name); err != nil {
 		return err
@@ -202,7 +141,7 @@ func (l *Lab) remove(s *state) error {
 		return err
 	}
 	if s != nil {
-		dropLoops(devs, s.Loops)
+		dropLoops(s.Loops)
 	}
 	// 2. Cgroups.
 	if err := removeCgroups(dirs); err != nil {

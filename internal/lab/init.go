@@ -203,6 +203,11 @@ func mountCgroups(hs []hierarchy) {
 	}
 }
 
+// neighbour is the line by which ip learns a hardware address by heart.
+func neighbour(addr, mac string) string {
+	return "neigh replace " + addr + " lladdr " + mac + " nud permanent dev eth0\n"
+}
+
 // setUpNetwork gives eth0 its address, and the addresses of all others by heart:
 // nothing is then asked by ARP, so a cut or its end takes effect at once and not
 // after a second of retries.
@@ -211,7 +216,7 @@ func setUpNetwork(spec initSpec) error {
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", []byte("1"), 0)
 	batch := "link set dev lo up\naddr add " + spec.Addr + " dev eth0\nlink set dev eth0 up\n"
 	for addr, mac := range spec.Neighbours {
-		batch += "neigh replace " + addr + " lladdr " + mac + " nud permanent dev eth0\n"
+		batch += neighbour(addr, mac)
 	}
 	_, err := tool(context.Background(), batch, "ip", "-batch", "-")
 	return err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -19,7 +20,7 @@ import (
 const (
 	DefaultName     = "lab"
 	DefaultNodes    = 3
-	MaxNodes        = 64             // one /24 and one screen of status; more has never been needed
+	MaxNodes        = 200            // of all kinds; one /24, and a filter of a cut holds no more than 255
 	DefaultDiskSize = int64(4) << 30 // sparse: costs what is written
 	minDiskSize     = int64(16) << 20
 	DefaultDataDir  = "/var/lib/unum"
@@ -30,37 +31,53 @@ const (
 	healthPoll      = 50 * time.Millisecond // a health check execs a program: about 10 ms
 	goneTimeout     = 15 * time.Second      // for killed processes and their mounts to be gone
 	bootTimeout     = 20 * time.Second      // init's mounts; a journal replay is part of it
+	tokenTimeout    = 20 * time.Second      // for one node to give a token; then the next is asked
+)
+
+// Kind says what a node is in its cluster.
+type Kind string
+
+// The kinds. A lab only counts them and tells the hooks.
+const (
+	Store   Kind = "store"   // holds data
+	Witness Kind = "witness" // votes, holds none
+	Client  Kind = "client"  // uses the cluster only
 )
 
 // Node is what a hook is told about a node.
 type Node struct {
-	Name    string     // n1, n2, ...
+	Name    string // n1, n2, ...
+	Kind    Kind
 	Index   int        // 1, 2, ...
 	Addr    netip.Addr // its address on the lab's network; the same for the lab's life
 	DataDir string     // where its disk is mounted, in the node
 	Mount   string     // where the tree is to be mounted, in the node
-	First   bool       // it is n1, which makes the cluster
-	Fresh   bool       // its disk is empty: make or join; otherwise go on from the disk
-	Peer    netip.Addr // n1's address
-	Token   string     // join token; set for fresh nodes other than n1
+	First   bool       // it makes the cluster: no other node has anything on its disk
+	Fresh   bool       // it was never healthy with this disk: make or join; otherwise go on from the disk
+	Peer    netip.Addr // address of a node of the cluster, for those that join
+	Token   string     // join token; set for fresh nodes other than the first
 }
 
 // Hooks are how a lab runs what it is a lab of. Healthy and Token may be nil.
 type Hooks struct {
-	// Daemon returns the command that is the node's daemon, run in the node as root.
+	// Daemon returns the command that is the node's daemon, run in the node as
+	// root, with ClockEnv in its environment.
 	Daemon func(n Node) []string
 	// Healthy returns nil when the node is healthy. It is asked again until
 	// then; each time with a context that ends after a few seconds.
 	Healthy func(ctx context.Context, l *Lab, n Node) error
-	// Token returns what joining nodes must show; asked once, when n1 is healthy.
-	Token func(ctx context.Context, l *Lab) (string, error)
+	// Token returns what joining nodes must show, as node from gives it; it may be
+	// shown as often as the lab has nodes.
+	Token func(ctx context.Context, l *Lab, from string) (string, error)
 }
 
 // Config describes a lab to be made. Zero values mean the defaults above.
 type Config struct {
 	Hooks
 	Name     string
-	Nodes    int
+	Nodes    int    // that store
+	Witness  bool   // one more, after these
+	Clients  int    // and so many clients, last
 	Dir      string // images, logs and state; default /var/lib/unum-lab/NAME
 	DiskSize int64  // bytes per node; the image is sparse
 	DataDir  string
@@ -109,6 +126,9 @@ func (c *Config) fill() error {
 	if c.Nodes < 1 || c.Nodes > MaxNodes {
 		return errs.E(errs.Invalid, "lab up", c.Name, "%d nodes: want 1 to %d", c.Nodes, MaxNodes)
 	}
+	if c.Clients < 0 || c.Clients > MaxNodes || len(c.kinds()) > MaxNodes {
+		return errs.E(errs.Invalid, "lab up", c.Name, "%d clients: want %d nodes of all kinds at most", c.Clients, MaxNodes)
+	}
 	if c.DiskSize == 0 {
 		c.DiskSize = DefaultDiskSize
 	}
@@ -147,6 +167,15 @@ func (c *Config) fill() error {
 	return nil
 }
 
+// kinds returns the kinds of n1, n2, ...
+func (c *Config) kinds() []Kind {
+	ks := slices.Repeat([]Kind{Store}, c.Nodes)
+	if c.Witness {
+		ks = append(ks, Witness)
+	}
+	return append(ks, slices.Repeat([]Kind{Client}, c.Clients)...)
+}
+
 // Open returns a handle on the lab called name, which may be half made. With no
 // such lab the error is of class NotFound.
 func Open(name string, hooks Hooks) (*Lab, error) {
@@ -183,7 +212,7 @@ func List() ([]string, error) {
 	return names, nil
 }
 
-// nodeIndex parses n2 and checks it against the lab.
+// node finds the node called name.
 func (s *state) node(name string) (*nodeState, error) {
 	k, err := strconv.Atoi(strings.TrimPrefix(name, "n"))
 	if err != nil || !strings.HasPrefix(name, "n") || k < 1 || k > len(s.Nodes) || name != fmt.Sprintf("n%d", k) {
@@ -192,9 +221,57 @@ func (s *state) node(name string) (*nodeState, error) {
 	return s.Nodes[k-1], nil
 }
 
-func (s *state) info(n *nodeState, fresh bool, token string) Node {
+func (s *state) info(n *nodeState) Node {
 	return Node{
-		Name: n.Name, Index: n.Index, Addr: n.Addr, DataDir: s.DataDir, Mount: s.Mount,
-		First: n.Index == 1, Fresh: fresh, Peer: s.Nodes[0].Addr, Token: token,
+		Name: n.Name, Kind: n.Kind, Index: n.Index, Addr: n.Addr, DataDir: s.DataDir, Mount: s.Mount,
+		First: n.Kind == Store && s.founder() == n, Fresh: n.Fresh,
 	}
+}
+
+// founder returns the node that is to make the cluster, nil when it was made: it
+// lives on the disks of the nodes that were healthy once.
+func (s *state) founder() *nodeState {
+	for _, n := range s.Nodes {
+		if !n.Fresh && n.Kind != Client {
+			return nil
+		}
+	}
+	return s.Nodes[0]
+}
+
+// invite gives what fresh nodes need to join, from the first node of the cluster
+// that answers.
+func (l *Lab) invite(ctx context.Context, s *state, nodes []Node) error {
+	if !slices.ContainsFunc(nodes, func(n Node) bool { return n.Fresh && !n.First }) {
+		return nil
+	}
+	var from *nodeState
+	token, failed := "", error(nil)
+	for _, n := range s.Nodes {
+		if n.Fresh || n.Kind != Store || !n.On || !n.Proc.alive() || s.Paused[n.Name] != "" {
+			continue
+		}
+		from, failed = n, nil
+		if l.hooks.Token != nil {
+			one, cancel := context.WithTimeout(ctx, tokenTimeout)
+			token, failed = l.hooks.Token(one, l, n.Name)
+			cancel()
+		}
+		if failed == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	if from == nil {
+		return errs.E(errs.Unavailable, "lab: join", s.Name, "no node of the cluster has power and goes, to give a token").
+			WithRemedy("unum lab status --name %s", s.Name)
+	}
+	if failed != nil {
+		return errs.Wrap(failed, "lab: token from", from.Name)
+	}
+	for i := range nodes {
+		if nodes[i].Fresh && !nodes[i].First {
+			nodes[i].Peer, nodes[i].Token = from.Addr, token
+		}
+	}
+	return nil
 }

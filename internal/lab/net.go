@@ -42,6 +42,12 @@ func (s *state) inSwitch(ctx context.Context, stdin string, argv ...string) erro
 	return err
 }
 
+// inNet runs a tool in the node's network.
+func (n *nodeState) inNet(ctx context.Context, stdin string, argv ...string) error {
+	_, err := tool(ctx, stdin, append([]string{"nsenter", "-t", strconv.Itoa(n.Proc.Pid), "-n", "--"}, argv...)...)
+	return err
+}
+
 func port(k int) string { return "p" + strconv.Itoa(k) }
 
 // makeBridge makes the lab's bridge in the switch.
@@ -52,14 +58,15 @@ func (s *state) makeBridge(ctx context.Context) error {
 // plug connects the nodes' network namespaces to the bridge. Cuts in force are
 // in force before the cable carries anything.
 func (s *state) plug(ctx context.Context, nodes []*nodeState) error {
-	var add, up strings.Builder
+	var del, add, up strings.Builder
 	for _, n := range nodes {
 		m := s.mac(n.Index)
-		// The port of an earlier life goes with its namespace, but a little later than its last process.
-		_ = s.inSwitch(ctx, "", "ip", "link", "del", "dev", port(n.Index))
+		fmt.Fprintf(&del, "link del dev %s\n", port(n.Index))
 		fmt.Fprintf(&add, "link add name %s type veth peer name eth0 address %s netns %d\n", port(n.Index), macString(m), n.Proc.Pid)
 		fmt.Fprintf(&up, "link set dev %s master br0 up\n", port(n.Index))
 	}
+	// The port of an earlier life goes with its namespace, but a little later than its last process.
+	_ = s.inSwitch(ctx, del.String(), "ip", "-force", "-batch", "-")
 	if err := s.inSwitch(ctx, add.String(), "ip", "-batch", "-"); err != nil {
 		return err
 	}
@@ -70,7 +77,7 @@ func (s *state) plug(ctx context.Context, nodes []*nodeState) error {
 		return err
 	}
 	for _, n := range nodes {
-		if s.Delays[n.Name] > 0 {
+		if s.Links[n.Name] != (Link{}) {
 			if err := s.relay(ctx, n); err != nil {
 				return err
 			}
@@ -88,7 +95,8 @@ func (s *state) blocked(n string) []*nodeState {
 	var from []*nodeState
 	for _, o := range s.Nodes {
 		for _, c := range s.Cuts {
-			if slices.Contains(c.A, n) && slices.Contains(c.B, o.Name) || slices.Contains(c.B, n) && slices.Contains(c.A, o.Name) {
+			if slices.Contains(c.A, o.Name) && slices.Contains(c.B, n) ||
+				!c.OneWay && slices.Contains(c.B, o.Name) && slices.Contains(c.A, n) {
 				from = append(from, o)
 				break
 			}
@@ -102,17 +110,20 @@ func (s *state) blocked(n string) []*nodeState {
 // drops every protocol, silently, as a cut cable does; nft and iptables are not
 // needed, and a node that reboots stays cut.
 func (s *state) applyCuts(ctx context.Context, nodes []*nodeState) error {
-	var batch strings.Builder
+	var clear, batch strings.Builder
 	for _, n := range nodes {
 		from := s.blocked(n.Name)
 		if len(from) == 0 {
-			// Fails when there is no filter, which is what is wanted.
-			_ = s.inSwitch(ctx, "", "tc", "qdisc", "del", "dev", port(n.Index), "clsact")
+			fmt.Fprintf(&clear, "qdisc del dev %s clsact\n", port(n.Index))
 			continue
 		}
 		fmt.Fprintf(&batch, "qdisc replace dev %s clsact\n", port(n.Index))
 		fmt.Fprintf(&batch, "filter replace dev %s egress pref 1 handle 1 protocol all bpf bytecode \"%s\" direct-action\n",
 			port(n.Index), s.dropFrom(from))
+	}
+	if clear.Len() > 0 {
+		// Fails where there is no filter, which is what is wanted.
+		_ = s.inSwitch(ctx, clear.String(), "tc", "-force", "-batch", "-")
 	}
 	if batch.Len() == 0 {
 		return nil
@@ -141,48 +152,99 @@ func (s *state) dropFrom(from []*nodeState) string {
 // Heal; several cuts add up. An empty b means all nodes not in a. TCP
 // connections across it are not reset: they fall silent.
 func (l *Lab) Cut(ctx context.Context, a, b []string) error {
+	return l.cut(ctx, cut{A: a, B: b})
+}
+
+// CutOneWay drops what the nodes of from send to those of to, until Heal; what
+// these send still arrives. An empty to means all nodes not in from.
+func (l *Lab) CutOneWay(ctx context.Context, from, to []string) error {
+	return l.cut(ctx, cut{A: from, B: to, OneWay: true})
+}
+
+func (l *Lab) cut(ctx context.Context, c cut) error {
 	return l.change(ctx, func(s *state) error {
-		if len(a) == 0 {
+		if len(c.A) == 0 {
 			return errs.E(errs.Invalid, "lab cut", s.Name, "name the nodes to cut off")
 		}
-		for _, n := range append(slices.Clone(a), b...) {
-			if _, err := s.node(n); err != nil {
-				return err
-			}
-		}
-		if len(b) == 0 {
-			for _, n := range s.Nodes {
-				if !slices.Contains(a, n.Name) {
-					b = append(b, n.Name)
+		rest := len(c.B) == 0
+		for _, set := range []*[]string{&c.A, &c.B} {
+			*set = unique(*set)
+			for _, n := range *set {
+				if _, err := s.node(n); err != nil {
+					return err
 				}
 			}
 		}
-		for _, n := range a {
-			if slices.Contains(b, n) {
+		for _, n := range s.Nodes {
+			if rest && !slices.Contains(c.A, n.Name) {
+				c.B = append(c.B, n.Name)
+			}
+		}
+		if len(c.B) == 0 {
+			return errs.E(errs.Invalid, "lab cut", strings.Join(c.A, ","), "the lab has no other node to cut them off from")
+		}
+		for _, n := range c.A {
+			if slices.Contains(c.B, n) {
 				return errs.E(errs.Invalid, "lab cut", n, "it is on both sides of the cut")
 			}
 		}
-		s.Cuts = append(s.Cuts, cut{A: a, B: b})
+		if slices.ContainsFunc(s.Cuts, func(o cut) bool {
+			return o.OneWay == c.OneWay && slices.Equal(o.A, c.A) && slices.Equal(o.B, c.B)
+		}) {
+			return nil
+		}
+		s.Cuts = append(s.Cuts, c)
 		return s.applyCuts(ctx, s.powered())
 	})
 }
 
-// Heal ends all cuts and delays.
-func (l *Lab) Heal(ctx context.Context) error {
+// unique returns names without repetitions, in their order.
+func unique(names []string) []string {
+	var out []string
+	for _, n := range names {
+		if !slices.Contains(out, n) {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// Heal ends what is wrong with the network: all cuts, delays, losses and rates, or
+// those of the named nodes.
+func (l *Lab) Heal(ctx context.Context, nodes ...string) error {
 	return l.change(ctx, func(s *state) error {
-		s.Cuts = nil
+		for _, name := range nodes {
+			if _, err := s.node(name); err != nil {
+				return err
+			}
+		}
+		healed := func(name string) bool { return len(nodes) == 0 || slices.Contains(nodes, name) }
+		var left []cut
+		for _, c := range s.Cuts {
+			c.A, c.B = slices.DeleteFunc(c.A, healed), slices.DeleteFunc(c.B, healed)
+			if len(c.A) > 0 && len(c.B) > 0 {
+				left = append(left, c)
+			}
+		}
+		s.Cuts = left
+		var mended []*nodeState
+		for _, n := range s.Nodes {
+			if _, ok := s.Links[n.Name]; ok && healed(n.Name) {
+				delete(s.Links, n.Name)
+				if n.On && n.Proc.alive() {
+					mended = append(mended, n)
+				}
+			}
+		}
+		if err := s.save(); err != nil {
+			return err
+		}
 		if err := s.applyCuts(ctx, s.powered()); err != nil {
 			return err
 		}
-		for _, n := range s.Nodes {
-			if s.Delays[n.Name] == 0 {
-				continue
-			}
-			delete(s.Delays, n.Name)
-			if n.On && n.Proc.alive() {
-				if err := s.relay(ctx, n); err != nil {
-					return err
-				}
+		for _, n := range mended {
+			if err := s.relay(ctx, n); err != nil {
+				return errs.Wrap(err, "lab heal", n.Name)
 			}
 		}
 		return nil

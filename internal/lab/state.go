@@ -32,13 +32,20 @@ type procID struct {
 
 type nodeState struct {
 	Name  string
+	Kind  Kind
 	Index int
 	Addr  netip.Addr
+	Fresh bool // not healthy yet with the disk it has
 	On    bool // power; what is meant, not what is so
+	Ready bool // its init has made it a machine: only then does anything run on it
 	Proc  procID
 }
 
-type cut struct{ A, B []string }
+// cut keeps A and B from hearing each other; if OneWay, only B from hearing A.
+type cut struct {
+	A, B   []string
+	OneWay bool `json:",omitempty"`
+}
 
 // state is state.json in the lab's directory.
 type state struct {
@@ -51,12 +58,14 @@ type state struct {
 	Mount    string
 	DiskSize int64
 	Subnet   netip.Prefix
-	Loops    []string // loop devices there were before
+	Loops    []string // loop devices there were before the first of the labs that stand
 	Switch   procID
 	Nodes    []*nodeState
 	Cuts     []cut
-	Delays   map[string]time.Duration `json:",omitempty"`
-	Relays   map[string]procID        `json:",omitempty"`
+	Links    map[string]Link   `json:",omitempty"` // what is wrong with a node's cable
+	Relays   map[string]procID `json:",omitempty"`
+	Paused   map[string]string `json:",omitempty"` // pausedNode or pausedDaemon
+	Clocks   map[string]Clock  `json:",omitempty"`
 }
 
 const stateVersion = 1
@@ -68,7 +77,16 @@ func sockPath(name, node string) string {
 }
 
 func noLab(name string) error {
-	return errs.E(errs.NotFound, "lab", name, "there is no such lab on this machine").WithRemedy("unum lab up --name %s", name)
+	switch labs, _ := List(); len(labs) { // what cannot be listed is not offered
+	case 0:
+		return errs.E(errs.NotFound, "lab", name, "there is no such lab on this machine").WithRemedy("unum lab up --name %s", name)
+	case 1:
+		return errs.E(errs.NotFound, "lab", name, "there is no such lab on this machine; there is one called %s", labs[0]).
+			WithRemedy("the same with --name %s, before the node's name", labs[0])
+	default:
+		return errs.E(errs.NotFound, "lab", name, "there is no such lab on this machine; there are %s", strings.Join(labs, ", ")).
+			WithRemedy("the same with --name and one of these, before the node's name")
+	}
 }
 
 // readPointer finds the lab called name, also when /run was emptied by a reboot
@@ -81,6 +99,9 @@ func readPointer(name string) (pointer, error) {
 			return pointer{}, errs.E(errs.Corrupt, "lab", pointerPath(name), "not a lab's pointer: %v", err)
 		}
 		return p, nil
+	}
+	if os.IsPermission(err) {
+		return pointer{}, needsRoot("lab")
 	}
 	if !os.IsNotExist(err) {
 		return pointer{}, errs.Wrap(err, "lab", name)
@@ -100,6 +121,9 @@ func readState(dir string) (*state, error) {
 		if os.IsNotExist(err) {
 			return nil, errs.E(errs.NotFound, "lab", dir, "the lab is half made: it has no state").WithRemedy("unum lab down")
 		}
+		if os.IsPermission(err) {
+			return nil, needsRoot("lab")
+		}
 		return nil, errs.Wrap(err, "lab", dir)
 	}
 	var s state
@@ -110,6 +134,12 @@ func readState(dir string) (*state, error) {
 		return nil, errs.E(errs.NotSupported, "lab", dir, "state.json has version %d, this program knows %d", s.Version, stateVersion)
 	}
 	return &s, nil
+}
+
+// needsRoot is what everybody else hears.
+func needsRoot(op string) error {
+	return errs.E(errs.Permission, op, "", "namespaces, loop devices and mounts need root, and you are user %d", os.Geteuid()).
+		WithRemedy("sudo %s", strings.Join(append([]string{"unum"}, os.Args[1:]...), " "))
 }
 
 func (s *state) save() error { return writeJSON(filepath.Join(s.Dir, "state.json"), s) }

@@ -25,12 +25,20 @@ type Status struct {
 	Nodes    []NodeStatus  `json:"nodes"`
 	Cuts     [][2][]string `json:"cuts"` // each pair of sets does not hear each other
 
-	Delays map[string]time.Duration `json:"delays_ns,omitempty"` // each way, by node
+	// What one set sends does not reach the other.
+	OneWayCuts [][2][]string   `json:"one_way_cuts,omitempty"`
+	Links      map[string]Link `json:"links,omitempty"` // each way, by node
+	// The delays of Links once more.
+	Delays map[string]time.Duration `json:"delays_ns,omitempty"`
+	// What is paused, by node: "node" or "daemon".
+	Paused map[string]string `json:"paused,omitempty"`
+	Clocks map[string]Clock  `json:"clocks,omitempty"` // by node
 }
 
 // NodeStatus is how a node is.
 type NodeStatus struct {
 	Name    string `json:"name"`
+	Kind    Kind   `json:"kind"`
 	Addr    string `json:"addr"`
 	Power   string `json:"power"`  // on, off, or died (it was not switched off)
 	Daemon  string `json:"daemon"` // running, ended (with Exit), or none
@@ -53,10 +61,22 @@ func (l *Lab) Status(ctx context.Context) (*Status, error) {
 	st := &Status{
 		Name: s.Name, Dir: s.Dir, Complete: s.Complete, Subnet: s.Subnet.String(), DataDir: s.DataDir, Mount: s.Mount,
 		Nodes: make([]NodeStatus, len(s.Nodes)), Cuts: [][2][]string{},
-		Delays: s.Delays,
+		Links: s.Links, Paused: s.Paused, Clocks: s.Clocks,
 	}
 	for _, c := range s.Cuts {
-		st.Cuts = append(st.Cuts, [2][]string{c.A, c.B})
+		list := &st.Cuts
+		if c.OneWay {
+			list = &st.OneWayCuts
+		}
+		*list = append(*list, [2][]string{c.A, c.B})
+	}
+	for n, k := range s.Links {
+		if k.Delay > 0 {
+			if st.Delays == nil {
+				st.Delays = map[string]time.Duration{}
+			}
+			st.Delays[n] = k.Delay
+		}
 	}
 	var wg sync.WaitGroup
 	for i, n := range s.Nodes {
@@ -67,7 +87,7 @@ func (l *Lab) Status(ctx context.Context) (*Status, error) {
 }
 
 func (l *Lab) nodeStatus(ctx context.Context, s *state, n *nodeState) NodeStatus {
-	ns := NodeStatus{Name: n.Name, Addr: n.Addr.String(), Power: "off", Daemon: "none", Log: l.LogPath(n.Name)}
+	ns := NodeStatus{Name: n.Name, Kind: n.Kind, Addr: n.Addr.String(), Power: "off", Daemon: "none", Log: l.LogPath(n.Name)}
 	switch {
 	case n.On && n.Proc.alive():
 		ns.Power, ns.Pid = "on", n.Proc.Pid
@@ -91,10 +111,14 @@ func (l *Lab) nodeStatus(ctx context.Context, s *state, n *nodeState) NodeStatus
 	default:
 		return ns
 	}
+	if what := s.Paused[n.Name]; what != "" {
+		ns.Why = "paused: the " + what
+		return ns
+	}
 	if l.hooks.Healthy != nil {
 		ctx, cancel := context.WithTimeout(ctx, healthTime)
 		defer cancel()
-		if err := l.hooks.Healthy(ctx, l, s.info(n, false, "")); err != nil {
+		if err := l.hooks.Healthy(ctx, l, s.info(n)); err != nil {
 			ns.Why = err.Error()
 			if errs.Has(err, errs.Interrupted) {
 				ns.Why = fmt.Sprintf("no answer within %v", healthTime)
@@ -114,7 +138,7 @@ func (st *Status) Print(w io.Writer) error {
 	}
 	fmt.Fprintf(w, "lab %s: %d nodes on %s, in %s%s\n", st.Name, len(st.Nodes), st.Subnet, st.Dir, half)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "NODE\tADDRESS\tPOWER\tDAEMON\tHEALTH")
+	fmt.Fprintln(t, "NODE\tKIND\tADDRESS\tPOWER\tDAEMON\tHEALTH")
 	for _, n := range st.Nodes {
 		daemon, health := n.Daemon, "-"
 		if n.Exit != nil {
@@ -125,7 +149,7 @@ func (st *Status) Print(w io.Writer) error {
 		} else if n.Why != "" {
 			health, _, _ = strings.Cut(n.Why, "\n")
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", n.Name, n.Addr, n.Power, daemon, health)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", n.Name, n.Kind, n.Addr, n.Power, daemon, health)
 	}
 	if err := t.Flush(); err != nil {
 		return err
@@ -133,8 +157,17 @@ func (st *Status) Print(w io.Writer) error {
 	for _, c := range st.Cuts {
 		fmt.Fprintf(w, "cut: %s | %s\n", strings.Join(c[0], ","), strings.Join(c[1], ","))
 	}
-	for _, n := range slices.Sorted(maps.Keys(st.Delays)) {
-		fmt.Fprintf(w, "delay: %s, %v each way\n", n, st.Delays[n])
+	for _, c := range st.OneWayCuts {
+		fmt.Fprintf(w, "cut: %s -> %s\n", strings.Join(c[0], ","), strings.Join(c[1], ","))
+	}
+	for _, n := range slices.Sorted(maps.Keys(st.Links)) {
+		fmt.Fprintf(w, "link: %s, each way: %s\n", n, st.Links[n])
+	}
+	for _, n := range slices.Sorted(maps.Keys(st.Paused)) {
+		fmt.Fprintf(w, "paused: %s, its %s\n", n, strings.Replace(st.Paused[n], pausedNode, "whole node", 1))
+	}
+	for _, n := range slices.Sorted(maps.Keys(st.Clocks)) {
+		fmt.Fprintf(w, "clock: %s, %s\n", n, st.Clocks[n])
 	}
 	return nil
 }

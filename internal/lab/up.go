@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -66,19 +65,18 @@ func Up(ctx context.Context, cfg Config) (*Lab, error) {
 	return nil, err
 }
 
+// reached is called at the stages of making; tests end the process there.
+var reached = func(stage string) {}
+
 // build makes everything. The state it returns, also with an error, may be nil.
 func (l *Lab) build(ctx context.Context, cfg *Config) (*state, error) {
-	began := time.Now()
-	var line sync.Mutex // nodes join at the same time
-	say := func(format string, args ...any) {
-		line.Lock()
-		defer line.Unlock()
-		fmt.Fprintf(cfg.Progress, "%5.2fs  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
-	}
+	say := sayTo(cfg.Progress, time.Now())
 	ptr := pointer{Dir: cfg.Dir}
+	reached("lock")
 	if err := writeJSON(pointerPath(cfg.Name), ptr); err != nil {
 		return nil, err
 	}
+	reached("pointer")
 	err := mkdirs(cfg.Dir, func(made []string) error {
 		ptr.MadeDir = made
 		return writeJSON(pointerPath(cfg.Name), ptr)
@@ -96,21 +94,16 @@ func (l *Lab) build(ctx context.Context, cfg *Config) (*state, error) {
 	}
 	s := &state{
 		Version: stateVersion, Name: cfg.Name, Dir: cfg.Dir, Creator: self,
-		DataDir: cfg.DataDir, Mount: cfg.Mount, DiskSize: cfg.DiskSize, Subnet: subnet, Loops: loopDevices(),
-	}
-	hosts := "127.0.0.1 localhost\n::1 localhost\n"
-	for k := 1; k <= cfg.Nodes; k++ {
-		n := &nodeState{Name: fmt.Sprintf("n%d", k), Index: k, Addr: s.addr(k)}
-		s.Nodes = append(s.Nodes, n)
-		hosts += fmt.Sprintf("%s %s\n", n.Addr, n.Name)
+		DataDir: cfg.DataDir, Mount: cfg.Mount, DiskSize: cfg.DiskSize, Subnet: subnet, Loops: loopsBefore(cfg.Name),
 	}
 	if err := s.save(); err != nil {
 		return s, err
 	}
+	reached("state")
 	if err := os.Mkdir(filepath.Join(s.Dir, "logs"), 0o755); err != nil {
 		return s, errs.Wrap(err, "lab up", s.Dir)
 	}
-	if err := os.WriteFile(filepath.Join(s.Dir, "hosts"), []byte(hosts), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(s.Dir, "hosts"), []byte("127.0.0.1 localhost\n::1 localhost\n"), 0o644); err != nil {
 		return s, errs.Wrap(err, "lab up", s.Dir)
 	}
 	for _, p := range []string{s.DataDir, s.Mount} {
@@ -119,57 +112,34 @@ func (l *Lab) build(ctx context.Context, cfg *Config) (*state, error) {
 		}
 	}
 
-	// Disks are made while namespaces and cables are.
-	disks := make([]error, len(s.Nodes))
-	var wg sync.WaitGroup
-	for i, n := range s.Nodes {
-		wg.Go(func() { disks[i] = s.makeDisk(ctx, n.Name) })
-	}
-	wait := func() error {
-		wg.Wait()
-		for _, err := range disks {
-			if err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	defer wg.Wait()
-	if err := s.startSwitch(ctx); err != nil {
-		return s, err
-	}
-	if err := s.boot(ctx, s.Nodes, wait); err != nil {
+	reached("directories")
+	if err := s.power(ctx, s.grow(cfg.kinds())); err != nil {
 		return s, err
 	}
 	say("%d nodes have power: network %s, disks of %d MiB", len(s.Nodes), s.Subnet, s.DiskSize>>20)
-
-	first := s.info(s.Nodes[0], true, "")
-	if err := l.startDaemon(ctx, first); err != nil {
-		return s, err
-	}
-	if err := l.waitHealthy(ctx, first); err != nil {
-		return s, err
-	}
-	say("n1 is healthy")
-	if len(s.Nodes) > 1 {
-		token := ""
-		if cfg.Token != nil {
-			if token, err = cfg.Token(ctx, l); err != nil {
-				return s, errs.Wrap(err, "lab up: token from", "n1")
-			}
-		}
-		// One after the other, so that the cluster names them as the lab does.
-		for _, n := range s.Nodes[1:] {
-			info := s.info(n, true, token)
-			if err := l.startDaemon(ctx, info); err != nil {
+	reached("power")
+	// One after the other, so that the cluster names them as the lab does.
+	token := Node{}
+	for i, n := range s.Nodes {
+		info := s.info(n)
+		if i == 1 {
+			guest := []Node{info}
+			if err := l.invite(ctx, s, guest); err != nil {
 				return s, err
 			}
-			if err := l.waitHealthy(ctx, info); err != nil {
-				return s, err
-			}
-			say("%s is healthy", n.Name)
+			token = guest[0]
 		}
+		info.Peer, info.Token = token.Peer, token.Token
+		if err := l.startDaemon(ctx, info); err != nil {
+			return s, err
+		}
+		if err := l.waitHealthy(ctx, info); err != nil {
+			return s, err
+		}
+		n.Fresh = false
+		say("%s is healthy", n.Name)
 	}
+	reached("healthy")
 	s.Complete = true
 	return s, s.save()
 }
@@ -187,7 +157,10 @@ func (l *Lab) startDaemon(ctx context.Context, n Node) error {
 	}
 	defer null.Close()
 	out := int(log.Fd())
-	_, err = l.ask(ctx, n.Name, request{Op: "daemon", Argv: l.hooks.Daemon(n), Env: os.Environ(), Dir: "/"}, []int{int(null.Fd()), out, out})
+	env := slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, ClockEnv+"=") })
+	env = append(env, ClockEnv+"="+clockPath(l.dir, n.Name))
+	_, err = l.ask(ctx, n.Name, request{Op: "daemon", Argv: l.hooks.Daemon(n), Env: env, Dir: "/"}, []int{int(null.Fd()), out, out})
+	reached("daemon")
 	return err
 }
 
@@ -246,66 +219,60 @@ func (l *Lab) logTail(node string) string {
 // Start powers nodes on, with the disks they had, and starts their daemons; in a
 // node that has power but whose daemon ended, the daemon alone. It then waits
 // until they are healthy, unless they cannot be: with a cut in force, or without
-// power on most nodes of the lab.
+// power on most nodes of the lab, paused ones among them.
 func (l *Lab) Start(ctx context.Context, nodes ...string) error {
+	return l.start(ctx, nodes, true)
+}
+
+// StartNoWait does as Start, and does not wait for health.
+func (l *Lab) StartNoWait(ctx context.Context, nodes ...string) error {
+	return l.start(ctx, nodes, false)
+}
+
+func (l *Lab) start(ctx context.Context, nodes []string, wait bool) error {
 	ctx, cancel := context.WithTimeout(ctx, defaultTimeout)
 	defer cancel()
-	var infos []Node
-	expect := false
 	err := l.change(ctx, func(s *state) error {
-		if !s.Complete {
-			return errs.E(errs.Stale, "lab start", s.Name, "the lab is half made").WithRemedy("unum lab down --name %s", s.Name)
+		if err := s.whole("lab start"); err != nil {
+			return err
 		}
-		var off []*nodeState
-		for _, name := range nodes {
-			n, err := s.node(name)
-			if err != nil {
-				return err
-			}
-			infos = append(infos, s.info(n, false, ""))
-			if (!n.On || !n.Proc.alive()) && !slices.Contains(off, n) {
-				off = append(off, n)
-			}
+		hit, err := s.pick("lab start", nodes)
+		if err != nil {
+			return err
 		}
+		off := slices.DeleteFunc(hit, func(n *nodeState) bool { return n.On && n.Proc.alive() })
 		for _, n := range off {
-			// A node that died by itself may still be going.
-			dirs, err := cgroupDirs(s.Name, n.Name)
-			if err != nil {
+			if err := s.clear(n); err != nil { // one that died by itself may still be going
 				return err
 			}
-			if err := killCgroups(dirs); err != nil {
-				return err
-			}
-			if err := waitLoops(filepath.Join(s.Dir, n.Name)); err != nil {
-				return err
-			}
+			delete(s.Paused, n.Name)
 		}
 		if len(off) > 0 {
 			if err := s.boot(ctx, off, nil); err != nil {
 				return err
 			}
 		}
-		for _, n := range infos {
-			a, err := l.ask(ctx, n.Name, request{Op: "status"}, nil)
-			if err != nil {
-				return err
-			}
-			if !a.Daemon.Running {
-				if err := l.startDaemon(ctx, n); err != nil {
-					return err
-				}
-			}
-		}
-		expect = len(s.Cuts) == 0 && 2*len(s.powered()) > len(s.Nodes)
+		wait = wait && s.canBeHealthy()
 		return nil
 	})
-	if err != nil || !expect {
+	if err != nil {
 		return err
 	}
-	for _, n := range infos {
-		if err := l.waitHealthy(ctx, n); err != nil {
-			return err
+	return l.join(ctx, nodes, wait, func(string, ...any) {})
+}
+
+// canBeHealthy reports whether nodes that are started can become healthy: more
+// than half of those that are the cluster go, or there is no cluster yet.
+func (s *state) canBeHealthy() bool {
+	going, all := 0, 0
+	for _, n := range s.Nodes {
+		if n.Kind == Client || n.Fresh {
+			continue
+		}
+		all++
+		if n.On && n.Proc.alive() && s.Paused[n.Name] == "" {
+			going++
 		}
 	}
-	return nil
+	return len(s.Cuts) == 0 && (2*going > all || all == 0)
 }
