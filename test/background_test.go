@@ -12,7 +12,7 @@ import (
 func (s *second) background(t *testing.T, more string) int {
 	t.Helper()
 	r := s.c.run(s.node, s.start("up")+" -d --log-file "+s.dir()+".log "+more)
-	m := regexp.MustCompile(`is mounted; process (\d+), log `).FindStringSubmatch(r.out)
+	m := regexp.MustCompile(`process (\d+), log `).FindStringSubmatch(r.out)
 	if r.code != 0 || m == nil {
 		t.Fatalf("up -d: %v", r)
 	}

@@ -47,7 +47,7 @@ one process table.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(upCommand(), joinCommand(), downCommand(), tokenCommand(), statusCommand(), nodesCommand(),
+	root.AddCommand(upCommand(), joinCommand(), witnessCommand(), downCommand(), tokenCommand(), statusCommand(), nodesCommand(),
 		configCommand(), doctorCommand(), versionCommand(), manCommand(), lab.Command(labHooks()))
 	root.AddCommand(jobCommands()...)
 	root.AddCommand(lightCommands()...)

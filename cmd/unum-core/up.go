@@ -22,6 +22,7 @@ import (
 	"github.com/unum-os/unum/internal/daemon"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/node"
+	"github.com/unum-os/unum/internal/record"
 )
 
 // defaultLog is where a node in the background logs.
@@ -37,6 +38,7 @@ type starting struct {
 	detach bool
 	log    string
 	wait   config.Duration
+	role   record.Role // to become; 0: what the directory or the token says
 }
 
 // nodeFlags are the flags of up and join.
@@ -57,8 +59,12 @@ func fileFlag(cmd *cobra.Command, file *string) {
 	_ = cmd.MarkFlagFilename("config", "toml") // fails only if there is no such flag
 }
 
-// check says what this machine lacks to be a node, before anything is made.
-func check() error {
+// check says what this machine lacks to be a node that stores, before anything is
+// made. The others need nothing but their directory.
+func check(role record.Role) error {
+	if role == record.RoleWitness || role == record.RoleClient {
+		return nil
+	}
 	if os.Geteuid() != 0 {
 		return errs.E(errs.Permission, "start a node", "", "root is needed, to mount the tree and to run commands as their users").WithRemedy("sudo unum %s", strings.Join(os.Args[1:], " "))
 	}
@@ -98,7 +104,7 @@ func (s *starting) load() (node.Config, error) {
 	if err != nil {
 		return node.Config{}, err
 	}
-	c := node.Config{Dir: l.Dir, Mount: l.Mount, Addr: l.Addr, Share: l.Share, Metrics: l.Metrics, Labels: l.Labels,
+	c := node.Config{Role: s.role, Dir: l.Dir, Mount: l.Mount, Addr: l.Addr, Share: l.Share, Metrics: l.Metrics, Labels: l.Labels,
 		Settings: l.Values(), Socket: control.Path(), Log: logger(l.Settings)}
 	if c.Hostname, err = os.Hostname(); err != nil {
 		return c, err
@@ -106,7 +112,11 @@ func (s *starting) load() (node.Config, error) {
 	if c.Exe = os.Getenv("UNUM_EXE"); c.Exe == "" {
 		return c, errs.E(errs.Invalid, "start a node", "", "UNUM_EXE is not set: the core is started by the unum binary")
 	}
-	return c, check()
+	role := s.role
+	if is, err := node.RoleIn(c); err == nil { // else whoever reads the directory next says what is wrong
+		role = is
+	}
+	return c, check(role)
 }
 
 func logger(s config.Settings) *slog.Logger {
@@ -143,8 +153,8 @@ func serve(ctx context.Context, c node.Config, super daemon.Notifier) error {
 	go func() { done <- n.Run(ctx) }()
 	go func() {
 		if waitHealthy(ctx, c.Socket, func(why string) { tell("STATUS=" + why) }) == nil {
-			tell("READY=1", "STATUS=healthy; the tree is at "+c.Mount)
-			fmt.Printf("unum: %s is mounted\nto add a machine, type `unum token` here and what it prints there\n", c.Mount)
+			tell("READY=1", "STATUS=healthy")
+			fmt.Println(greeting(c))
 		}
 	}()
 	stop := context.AfterFunc(ctx, func() { tell("STOPPING=1") })
@@ -157,6 +167,17 @@ func serve(ctx context.Context, c node.Config, super daemon.Notifier) error {
 		return cause
 	}
 	return nil
+}
+
+// greeting is what a person reads when a node is healthy.
+func greeting(c node.Config) string {
+	switch role, _ := node.RoleIn(c); role { // a healthy node has one
+	case record.RoleWitness:
+		return "unum: this machine is a witness of its cluster"
+	case record.RoleClient:
+		return "unum: this machine is a client node of its cluster; its users type `unum login`"
+	}
+	return fmt.Sprintf("unum: %s is mounted\nto add a machine, type `unum token` here and what it prints there", c.Mount)
 }
 
 // askHealthy returns nil when the daemon behind the socket is healthy.
@@ -203,7 +224,7 @@ func (s *starting) background(ctx context.Context, c node.Config) error {
 		}
 		return err
 	}
-	fmt.Printf("unum: %s is mounted; process %d, log %s\nto add a machine, type `unum token` here and what it prints there\n", c.Mount, pid, s.log)
+	fmt.Printf("%s\nprocess %d, log %s\n", greeting(c), pid, s.log)
 	return nil
 }
 
@@ -254,15 +275,44 @@ func upCommand() *cobra.Command {
 const maxTokenInput = 4096
 
 func joinCommand() *cobra.Command {
+	var client bool
+	cmd := joining(func() record.Role {
+		if client {
+			return record.RoleClient
+		}
+		return 0
+	})
+	cmd.Use = "join ADDR TOKEN"
+	cmd.Short = "Make this machine a node of the cluster of which ADDR is a node"
+	cmd.Long = "Make this machine a node of the cluster of which ADDR is a node, and start it.\nTOKEN may be -, then it is read from standard input.\n" + exitCodes
+	cmd.Example = "  unum join alpha:7400 TOKEN\n  unum join -d alpha:7400 TOKEN\n  unum join --client alpha:7400 TOKEN\n  unum token --quiet | ssh beta unum join alpha:7400 -"
+	cmd.Flags().BoolVar(&client, "client", false, "as a client node: it uses the cluster, stores nothing, and is trusted with nothing of others")
+	return cmd
+}
+
+func witnessCommand() *cobra.Command {
+	cmd := joining(func() record.Role { return record.RoleWitness })
+	cmd.Use = "witness ADDR TOKEN"
+	cmd.Short = "Make this machine the witness of two: a vote, so that any one of the three may die"
+	cmd.Long = `Make this machine a witness in the cluster of which ADDR is a node, and start it.
+A witness votes and keeps the latest of the logs (at most 1 GiB a group), no
+files: where two nodes store, either of them, or the witness, may then die and
+the rest goes on. It needs neither root nor FUSE, only a directory of its own.
+Where three or more nodes store it sits idle. Later starts are unum up.
+TOKEN may be -, then it is read from standard input.
+` + exitCodes
+	cmd.Example = "  unum witness alpha:7400 TOKEN\n  unum witness -d --dir ~/unum alpha:7400 TOKEN"
+	return cmd
+}
+
+// joining is a verb that makes this machine a member and starts it.
+func joining(role func() record.Role) *cobra.Command {
 	var s starting
 	cmd := &cobra.Command{
-		Use:     "join ADDR TOKEN",
-		Short:   "Make this machine a node of the cluster of which ADDR is a node",
-		Long:    "Make this machine a node of the cluster of which ADDR is a node, and start it.\nTOKEN may be -, then it is read from standard input.\n" + exitCodes,
-		Example: "  unum join alpha:7400 TOKEN\n  unum join -d alpha:7400 TOKEN\n  unum token --quiet | ssh beta unum join alpha:7400 -",
-		Args:    cobra.ExactArgs(2),
+		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			super := daemon.NewNotifier()
+			s.role = role()
 			c, err := s.load()
 			if err != nil {
 				return err

@@ -68,7 +68,7 @@ func core() int {
 // goes by standard input, since any user can read arguments, and those of a
 // daemon for as long as it lives.
 func concealed(args []string) ([]string, error) {
-	if len(args) == 0 || args[0] != "join" {
+	if len(args) == 0 || args[0] != "join" && args[0] != "witness" {
 		return args, nil
 	}
 	i := slices.IndexFunc(args, func(a string) bool { return strings.HasPrefix(a, tokenPrefix) })

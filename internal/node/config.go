@@ -111,6 +111,12 @@ func (c *Config) loadDisk() (disk, error) {
 	return d, nil
 }
 
+// RoleIn returns what the node in cfg.Dir is for; class NotFound if there is none.
+func RoleIn(cfg Config) (record.Role, error) {
+	d, err := cfg.loadDisk()
+	return d.Role, err
+}
+
 func (c *Config) saveDisk(d disk) error {
 	d.Version = diskVersion
 	b, err := json.MarshalIndent(d, "", "  ")
