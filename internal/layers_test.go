@@ -13,6 +13,7 @@ var layers = [][]string{
 	{"ids", "errs", "wire", "clock"},
 	{"lease", "sched", "quorum"},
 	{"identity"},
+	{"principal"},
 	{"rpc"},
 	{"member"},
 	{"group"},
