@@ -13,13 +13,14 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/record"
 )
 
 // join makes another node of n's cluster and starts it.
 func join(t *testing.T, ctx context.Context, n *Node, role record.Role) (*Node, Config, func()) {
 	t.Helper()
-	tok, err := n.token(ctx, &TokenRequest{})
+	tok, err := n.token(asRoot(ctx, n), &TokenRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,12 +87,12 @@ func TestComeAndGo(t *testing.T) {
 	}
 
 	// One dies for good and is put out.
-	if err := n2.Remove(ctx, 3, false); !errs.Has(err, errs.Busy) {
+	if err := n2.Remove(asRoot(ctx, n2), 3, false); !errs.Has(err, errs.Busy) {
 		t.Fatalf("removal of a live node: %v", err)
 	}
 	stop3()
 	await(t, "n3 is dead", func() bool { return !n2.alive(3) })
-	if err := n2.Remove(ctx, 3, false); err != nil {
+	if err := n2.Remove(asRoot(ctx, n2), 3, false); err != nil {
 		t.Fatal(err)
 	}
 	voters(t, n2, 2, 4)
@@ -116,14 +117,14 @@ func TestComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	voters(t, n2, 2)
-	if _, err := n2.token(ctx, &TokenRequest{}); err != nil {
+	if _, err := n2.token(asRoot(ctx, n2), &TokenRequest{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := n2.Leave(ctx, func(string) {}); !errs.Has(err, errs.Invalid) {
 		t.Fatalf("the last one leaves: %v", err)
 	}
 	// And a machine that left may come again, under a new number.
-	tok, err := n2.token(ctx, &TokenRequest{})
+	tok, err := n2.token(asRoot(ctx, n2), &TokenRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -192,7 +193,7 @@ func TestClientNode(t *testing.T) {
 		}
 	}
 	// What it joined by, asked again, does not make it more.
-	tok, err := n1.token(ctx, &TokenRequest{Role: record.RoleClient})
+	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{Role: record.RoleClient})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,7 +260,7 @@ func TestWitness(t *testing.T) {
 	lead, _ := n1.rec.Leader()
 	stop2() // with the leader or without
 	await(t, "the record is written again", func() bool {
-		_, err := n1.token(ctx, &TokenRequest{})
+		_, err := n1.token(asRoot(ctx, n1), &TokenRequest{})
 		return err == nil
 	})
 	t.Logf("n2 died, n%d led", lead)
@@ -270,4 +271,44 @@ func TestWitness(t *testing.T) {
 	voters(t, n1, 1, 2, 5)
 	voters(t, n3, 1, 2, 5)
 	await(t, "the witness is a learner", func() bool { return slices.Contains(n1.rec.Status().Learners, w.id) })
+}
+
+// TestForgedProposals: what a client node's root proposes in the name of others
+// is refused at the door, and stands in the audit; what the node may, it may.
+func TestForgedProposals(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	n2, _, _ := join(t, ctx, n1, record.RoleClient)
+	token := &record.Token{ID: record.TokenID{1}, Uses: 1, Role: record.RoleStore}
+	for i, who := range []principal.Principal{
+		{Node: 1},             // root of the other node
+		{Node: 2},             // its own root
+		{Node: 2, UID: 1000},  // a user without a credential
+		principal.Of(n1.id),   // the other node
+		{UID: 7, User: "ana"}, // of no node
+	} {
+		before, err := n1.record.view().Audit(0, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := n2.record.do(ctx, record.Command{Who: who, AddToken: token}); !errs.Has(err, errs.Unauthorized) {
+			t.Errorf("%v: %v", who, err)
+		}
+		after, err := n1.record.view().Audit(before[len(before)-1].Seq, 10)
+		if err != nil || !slices.ContainsFunc(after, func(e record.Audit) bool {
+			return e.Who == who && e.Door == n1.id && e.On == n2.id.String() && e.Err == uint8(errs.Unauthorized)
+		}) { // others may have done something meanwhile
+			t.Errorf("%d: the audit has %+v, %v", i, after, err)
+		}
+	}
+	if _, err := n2.record.do(ctx, record.Command{AddToken: token}); !errs.Has(err, errs.Permission) { // itself, but no administrator
+		t.Error(err)
+	}
+	if _, err := n2.record.do(ctx, record.Command{UpdateMember: &record.UpdateMember{Node: 2, Addr: "moved:1"}}); err != nil {
+		t.Error(err)
+	}
+	if ts, err := n1.record.view().Tokens(); err != nil || slices.ContainsFunc(ts, func(t record.Token) bool { return t.ID == token.ID }) {
+		t.Errorf("%+v %v", ts, err)
+	}
 }

@@ -24,7 +24,7 @@ var errLeft = errors.New("this node leaves the cluster")
 // begins to stop. If ctx ends before, the node stays, but for Leaving if it may
 // not. Errors: Invalid for the last storing node.
 func (n *Node) Leave(ctx context.Context, progress func(string)) error {
-	if err := n.setState(ctx, n.id, record.Leaving); err != nil {
+	if err := n.setState(ctx, record.Leaving); err != nil {
 		return err
 	}
 	last := ""
@@ -42,7 +42,7 @@ func (n *Node) Leave(ctx context.Context, progress func(string)) error {
 		if ctx.Err() != nil {
 			sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 			defer cancel()
-			if err := n.setState(sctx, n.id, record.Active); err != nil {
+			if err := n.setState(sctx, record.Active); err != nil {
 				return errs.Wrap(err, "stay in the cluster", n.id.String())
 			}
 			return errs.E(errs.Interrupted, "leave the cluster", n.id.String(), "interrupted while waiting %s; it stays", why)
@@ -58,7 +58,7 @@ func (n *Node) Leave(ctx context.Context, progress func(string)) error {
 // Remove puts a node out of the cluster that will never come back: it is refused
 // from now on, its votes go to others, and what it alone had is lost. Errors:
 // NotFound; Busy if it is alive and force is not set; Invalid for the last
-// storing node.
+// storing node; Permission if who asks, as ctx says, is no administrator.
 func (n *Node) Remove(ctx context.Context, p ids.Node, force bool) error {
 	m, ok := (*n.known.Load())[p]
 	switch {
@@ -70,11 +70,17 @@ func (n *Node) Remove(ctx context.Context, p ids.Node, force bool) error {
 		return errs.E(errs.Busy, "remove node", p.String(), "it is alive").
 			WithRemedy("unum leave, on %s; or --force, and it never comes back", m.Hostname)
 	}
-	return n.setState(ctx, p, record.Removed)
+	who, err := asker(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = n.record.do(ctx, record.Command{Who: who, UpdateMember: &record.UpdateMember{Node: p, State: record.Removed}})
+	return err
 }
 
-func (n *Node) setState(ctx context.Context, p ids.Node, s record.State) error {
-	_, err := n.record.do(ctx, record.Command{UpdateMember: &record.UpdateMember{Node: p, State: s}})
+// setState tells the record of this node's own state.
+func (n *Node) setState(ctx context.Context, s record.State) error {
+	_, err := n.record.do(ctx, record.Command{UpdateMember: &record.UpdateMember{Node: n.id, State: s}})
 	return err
 }
 
@@ -127,7 +133,7 @@ func (n *Node) farewell(ctx context.Context) error {
 	}
 	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	if err := n.setState(sctx, n.id, record.Left); err != nil {
+	if err := n.setState(sctx, record.Left); err != nil {
 		n.cfg.Log.Error("the cluster was not told that this node has left", "err", err, "try", "unum up, and unum leave again")
 		return nil
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/rpc"
@@ -61,6 +62,11 @@ func start(t *testing.T, cfg Config) (*Node, func()) {
 	})
 	t.Cleanup(stop)
 	return n, stop
+}
+
+// asRoot returns the context of a request by root of a node.
+func asRoot(ctx context.Context, n *Node) context.Context {
+	return principal.NewContext(ctx, principal.Principal{Node: n.id})
 }
 
 func await(t *testing.T, what string, ok func() bool) {
@@ -143,7 +149,7 @@ func TestCertificateIsRenewed(t *testing.T) {
 		t.Fatalf("the disk has one that ends at %v", n1.holder.NotAfter())
 	}
 
-	tok, err := n1.token(ctx, &TokenRequest{})
+	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,7 +217,7 @@ func TestStrangersWriteNothing(t *testing.T) {
 		t.Errorf("strangers wrote %d entries", after-before)
 	}
 	// The same with a token gets in; the reply can be had again.
-	tok, err := n.token(ctx, &TokenRequest{})
+	tok, err := n.token(asRoot(ctx, n), &TokenRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,7 +12,9 @@ import (
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
+	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/rpc"
@@ -27,6 +29,7 @@ type recordClient struct {
 	ep     *rpc.Endpoint
 	others func() []ids.Node // that store; this node may be among them
 	log    *slog.Logger
+	trust  *identity.Trust
 
 	mu     sync.Mutex
 	client uint64
@@ -40,15 +43,21 @@ const (
 )
 
 func newRecordClient(n *Node) *recordClient {
-	r := &recordClient{g: n.rec, h: n.host, ep: n.ep, others: n.askFirst, log: n.part("record"), client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
+	r := &recordClient{trust: n.holder.Trust(), g: n.rec, h: n.host, ep: n.ep, others: n.askFirst, log: n.part("record"), client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
 	if n.disk.Role != record.RoleStore {
 		return r
 	}
 	r.ep.Handle(methodPropose, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
+		if err := r.believe(ctx, from, req); err != nil {
+			return nil, nil, err
+		}
 		res, err := r.local(ctx, req)
 		return res, nil, err
 	})
 	r.ep.Handle(methodForward, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
+		if err := r.believe(ctx, from, req); err != nil {
+			return nil, nil, err
+		}
 		res, err := r.local(ctx, req)
 		var no *group.NotLeaderError
 		if errors.As(err, &no) && no.Leader != 0 {
@@ -60,11 +69,33 @@ func newRecordClient(n *Node) *recordClient {
 	return r
 }
 
+// believe is the door of the record: what another node proposes must come from
+// who it says. What is refused goes into the audit.
+func (r *recordClient) believe(ctx context.Context, from ids.Node, cmd []byte) error {
+	c, err := record.DecodeCommand(cmd)
+	if err != nil || c.Barrier {
+		return err
+	}
+	m, err := r.view().Member(from)
+	if errs.Has(err, errs.NotFound) { // this replica may be behind
+		return errs.E(errs.Unavailable, "propose", from.String(), "it is not known here yet")
+	}
+	if err != nil {
+		return err
+	}
+	err = principal.Believe(from, m.Role == record.RoleStore, c.Who, nil, r.trust, time.Now())
+	if err != nil {
+		note := &record.Note{About: c.Who, What: "propose", On: from.String(), Err: uint8(errs.ClassOf(err)), Why: cut(err.Error(), record.MaxText)}
+		note.About.User = cut(note.About.User, record.MaxText)
+		if _, err := r.do(ctx, record.Command{Note: note}); err != nil {
+			r.log.Warn("a refusal is not in the audit", "from", from.String(), "err", err)
+		}
+	}
+	return err
+}
+
 // local proposes on this node, which must lead.
 func (r *recordClient) local(ctx context.Context, cmd []byte) (*record.Result, error) {
-	if _, err := record.DecodeCommand(cmd); err != nil {
-		return nil, err
-	}
 	res, _, err := r.g.Propose(ctx, cmd)
 	if err != nil {
 		return nil, err
@@ -76,12 +107,19 @@ func (r *recordClient) local(ctx context.Context, cmd []byte) (*record.Result, e
 	return out, nil
 }
 
-// do has one command done exactly once, whoever leads, until ctx ends.
+// do has one command done exactly once, whoever leads, until ctx ends. A command
+// that does not say who asks is this node's own.
 func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, 20*time.Second)
 		defer cancel()
+	}
+	if c.Who == (principal.Principal{}) {
+		c.Who = principal.Of(r.ep.Self())
+	}
+	if c.Now == 0 {
+		c.Now = time.Now().UnixNano()
 	}
 	r.mu.Lock()
 	r.seq++

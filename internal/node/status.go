@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/quorum"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/wire"
@@ -85,11 +87,31 @@ type TokenReply struct {
 	Addr  string `cbor:"2,keyasint"`
 }
 
-// answer registers a verb whose whole answer is one message.
-func answer[Q any](s *control.Server, verb string, admin bool, f func(ctx context.Context, q *Q) (any, error)) {
-	reg := s.Handle
+// caller is the principal for which this node vouches when a local process asks.
+// Whoever runs the daemon is its root.
+func (n *Node) caller(c control.Cred) principal.Principal {
+	if int(c.UID) == os.Geteuid() {
+		c.UID = 0
+	}
+	return principal.Principal{Node: n.id, UID: c.UID}
+}
+
+// asker returns who asks for an administrator's verb; nobody is not taken for the
+// node itself.
+func asker(ctx context.Context) (principal.Principal, error) {
+	who := principal.FromContext(ctx)
+	if !who.Valid() {
+		return who, errs.E(errs.Unauthorized, "", "", "the request does not say who asks")
+	}
+	return who, nil
+}
+
+// answer registers a verb whose whole answer is one message. Its context says
+// who asks.
+func answer[Q any](n *Node, verb string, admin bool, f func(ctx context.Context, q *Q) (any, error)) {
+	reg := n.ctl.Handle
 	if admin {
-		reg = s.HandleAdmin
+		reg = n.ctl.HandleAdmin
 	}
 	reg(verb, func(ctx context.Context, c *control.Conn, req []byte) error {
 		var q Q
@@ -98,7 +120,7 @@ func answer[Q any](s *control.Server, verb string, admin bool, f func(ctx contex
 				return err
 			}
 		}
-		r, err := f(ctx, &q)
+		r, err := f(principal.NewContext(ctx, n.caller(c.Peer)), &q)
 		if err != nil {
 			return err
 		}
@@ -112,10 +134,10 @@ func answer[Q any](s *control.Server, verb string, admin bool, f func(ctx contex
 
 func (n *Node) serveControl() {
 	n.ctl.HandleImage()
-	answer(n.ctl, VerbStatus, false, func(ctx context.Context, _ *struct{}) (any, error) { return n.status(ctx), nil })
-	answer(n.ctl, VerbHealthy, false, func(ctx context.Context, _ *struct{}) (any, error) { return struct{}{}, n.healthy() })
-	answer(n.ctl, VerbSettings, false, func(context.Context, *struct{}) (any, error) { return n.cfg.Settings, nil })
-	answer(n.ctl, VerbToken, true, func(ctx context.Context, q *TokenRequest) (any, error) { return n.token(ctx, q) })
+	answer(n, VerbStatus, false, func(ctx context.Context, _ *struct{}) (any, error) { return n.status(ctx), nil })
+	answer(n, VerbHealthy, false, func(ctx context.Context, _ *struct{}) (any, error) { return struct{}{}, n.healthy() })
+	answer(n, VerbSettings, false, func(context.Context, *struct{}) (any, error) { return n.cfg.Settings, nil })
+	answer(n, VerbToken, true, func(ctx context.Context, q *TokenRequest) (any, error) { return n.token(ctx, q) })
 }
 
 // self describes this node.
@@ -222,10 +244,14 @@ func (n *Node) token(ctx context.Context, q *TokenRequest) (TokenReply, error) {
 	if q.Role == 0 {
 		q.Role = record.RoleStore
 	}
+	who, err := asker(ctx)
+	if err != nil {
+		return TokenReply{}, err
+	}
 	t, err := identity.NewToken(n.holder.Trust().Fingerprint())
 	if err != nil {
 		return TokenReply{}, err
 	}
-	_, err = n.record.do(ctx, record.Command{AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: time.Now().UnixNano() + q.Lifetime, Role: q.Role}})
+	_, err = n.record.do(ctx, record.Command{Who: who, AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: time.Now().UnixNano() + q.Lifetime, Role: q.Role}})
 	return TokenReply{Token: t.String(), Addr: n.disk.Addr}, err
 }

@@ -1,13 +1,16 @@
 // Package record is the replicated state machine of the cluster's own record:
-// its name and keys, its members, the tokens by which machines join, and its
-// jobs.
+// its name, its members, the tokens by which machines join, its users, keys with
+// values, its jobs, and the audit; and who may change what of it.
 //
 // # Words
 //
 // A member is a machine that was given a node id. A token lets machines join; the
 // record knows the hash of its secret only. Cluster time is the time of day that
-// a command carries: the record itself reads no clock. The revision counts the
-// commands that changed something.
+// a command carries: the record itself reads no clock. The revision counts changes.
+// Who asks is the principal of a command, proven at the door of the node that
+// proposes it; what it may do is decided here, by Rights. The audit is the list
+// of administrative acts and of refusals. The history is what changed at each of
+// the last revisions.
 //
 // # Keys
 //
@@ -23,11 +26,22 @@
 //	'u' client             what is known of a client of the record
 //	'v' index client       clients in the order of their last command
 //	'd' client seq         Result of a command, until acknowledged
+//	'k' key                Key: what Put wrote
+//	'q' uid, or 1<<32      usage of a user's keys, or of the settings
+//	'p' uid                User
+//	'w' name               the user's uid
+//	'l' hash               LoginToken
+//	'h' slot               changes of one revision; slot is its remainder by MaxHistory
+//	'a' ring slot          Audit; ring 0 has the acts, ring 1 the refusals
 //
 // # Invariants
 //
 //   - Apply depends on the state, the index and the command alone.
-//   - A refused command changes nothing but its client's bookkeeping.
+//   - A refused command changes nothing but its client's bookkeeping and the audit.
+//   - Nobody asks for nothing: only Init and Barrier need no principal.
+//   - Whatever is written of what is watched stands in the history.
+//   - What a machine remembers from command to command saves time and decides
+//     nothing.
 //   - Node ids and job ids are given out once.
 //   - A use of a token and the member it makes are one command.
 //   - A job's record never goes back: not to an older incarnation, and not from

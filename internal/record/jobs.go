@@ -2,6 +2,7 @@ package record
 
 import (
 	"bytes"
+	"strconv"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
@@ -15,6 +16,7 @@ func (t *txn) grantJobs(n uint32) (ids.Job, Refusal) {
 	t.count.Revision++
 	first := t.count.NextJob
 	t.count.NextJob += ids.Job(n)
+	t.event(KindGrant, strconv.FormatUint(uint64(first), 10), false)
 	return first, done
 }
 
@@ -55,6 +57,11 @@ func (t *txn) putJob(j Job) Refusal {
 	old, known := t.get(key)
 	if known {
 		t.decode(key, old, &was)
+	}
+	if r := t.mayPutJob(&j, &was, known); r.refused() {
+		return r
+	}
+	if known {
 		switch {
 		case j.Incarnation < was.Incarnation:
 			return no(errs.Stale, "job %d has had incarnation %d, this is %d", j.ID, was.Incarnation, j.Incarnation)

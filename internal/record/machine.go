@@ -26,6 +26,7 @@ type Machine struct {
 	applied  uint64 // index of the last command applied here
 	revision uint64 // after it
 	told     uint64 // revision last told
+	cache    *cache
 }
 
 // Applied tells that everything up to index is visible to readers.
@@ -50,11 +51,14 @@ func (m *Machine) ApplyTo(b *pebble.Batch, space Space, index uint64, cmd []byte
 	t := &txn{store: store{r: b, w: b, prefix: space.Key()}, index: index}
 	t.load(t.key(tagCounters), &t.count)
 	was := t.count
+	t.begun = was.Revision
+	t.cache = m.cacheOf(was.Index)
 	res := t.command(cmd)
 	if t.count != was {
 		t.save(t.key(tagCounters), t.count)
 	}
-	m.applied, m.revision = index, t.count.Revision
+	t.cache.index = t.count.Index
+	m.cache, m.applied, m.revision = t.cache, index, t.count.Revision
 	return res
 }
 
@@ -72,6 +76,8 @@ func DecodeCommand(b []byte) (*Command, error) {
 	for _, is := range []bool{
 		c.Init != nil, c.AddToken != nil, c.DropToken != nil, c.AddMember != nil,
 		c.UpdateMember != nil, c.GrantJobs != 0, len(c.PutJobs) > 0, c.Barrier,
+		c.Put != nil, c.Delete != nil, len(c.Batch) > 0, c.PutUser != nil, c.DropUser != "",
+		c.AddLogin != nil, c.Login != nil, c.Note != nil,
 	} {
 		if is {
 			kinds++
@@ -107,13 +113,34 @@ var done Refusal
 type client struct {
 	Acked uint64 `cbor:"1,keyasint"` // results below are forgotten
 	Last  uint64 `cbor:"2,keyasint"` // index of its last command
+	Top   uint64 `cbor:"3,keyasint"` // greatest sequence number done; above it nothing need be looked for
 }
 
 // txn is the work on one command.
 type txn struct {
 	store
-	index uint64
-	count Counters
+	index  uint64
+	count  Counters
+	begun  uint64 // revision before it
+	rights Rights // of who asks
+	now    int64  // cluster time
+	events []Event
+	use    map[uint64]*useChange
+	cache  *cache
+}
+
+// set, save and delete are the store's; what is watched is noted on the way, so
+// that no change can be forgotten.
+func (t *txn) set(key, value []byte) {
+	t.note(key, false)
+	t.store.set(key, value)
+}
+
+func (t *txn) save(key []byte, v any) { t.set(key, wire.MustMarshal(v)) }
+
+func (t *txn) delete(key []byte) {
+	t.note(key, true)
+	t.store.delete(key)
 }
 
 func (t *txn) command(cmd []byte) *Result {
@@ -124,11 +151,10 @@ func (t *txn) command(cmd []byte) *Result {
 	if c.Barrier {
 		return t.refuse(done)
 	}
-	var cl client
-	known := t.load(t.key(tagClient, c.Client), &cl)
+	cl, known := t.client(c.Client)
 	res := &Result{}
 	key := t.key(tagDone, c.Client, c.Seq)
-	if known && c.Seq >= cl.Acked && t.load(key, res) {
+	if known && c.Seq >= cl.Acked && c.Seq <= cl.Top && t.load(key, res) {
 		return res
 	}
 	acked := max(cl.Acked, c.Acked)
@@ -138,8 +164,9 @@ func (t *txn) command(cmd []byte) *Result {
 	case c.Seq-acked >= Window:
 		return t.refuse(no(errs.Busy, "command %d is more than %d ahead of what is acknowledged, %d", c.Seq, Window, acked))
 	}
-	t.meet(c.Client, cl, known, acked)
+	t.meet(c, cl, known, acked)
 	t.do(c, res)
+	t.settle()
 	res.Revision, res.Index = t.count.Revision, t.index
 	t.save(key, *res)
 	return res
@@ -151,11 +178,15 @@ func (t *txn) refuse(r Refusal) *Result {
 
 // meet notes that a client has spoken, and forgets the one that has not for
 // longest when they are too many.
-func (t *txn) meet(id uint64, cl client, known bool, acked uint64) {
+func (t *txn) meet(c *Command, cl client, known bool, acked uint64) {
+	id := c.Client
+	t.count.Index = t.index
 	if known {
 		t.delete(t.key(tagClientAt, cl.Last, id))
-		if acked > cl.Acked {
-			t.clear(t.key(tagDone, id, cl.Acked), t.key(tagDone, id, acked))
+		// Its results lie within a window; deleted unread, a scan would cost more
+		// than all the rest of a small command.
+		for seq := cl.Acked; seq < min(acked, cl.Acked+Window); seq++ {
+			t.delete(t.key(tagDone, id, seq))
 		}
 	} else if t.count.Clients++; t.count.Clients > MaxClients {
 		lo := t.key(tagClientAt)
@@ -164,23 +195,42 @@ func (t *txn) meet(id uint64, cl client, known bool, acked uint64) {
 			return false
 		})
 	}
-	t.save(t.key(tagClient, id), client{Acked: acked, Last: t.index})
+	cl = client{Acked: acked, Last: t.index, Top: max(cl.Top, c.Seq)}
+	t.save(t.key(tagClient, id), cl)
+	remember(t.cache.clients, cachedOther, id, cl)
 	t.set(t.key(tagClientAt, t.index, id), nil)
 }
 
 func (t *txn) forget(last, id uint64) {
 	t.delete(t.key(tagClientAt, last, id))
 	t.delete(t.key(tagClient, id))
+	delete(t.cache.clients, id)
 	lo := t.key(tagDone, id)
 	t.clear(lo, after(lo))
 	t.count.Clients--
 }
 
+// do carries out a command that was not done before, if who asks may, and tells
+// the audit.
 func (t *txn) do(c *Command, res *Result) {
 	if c.Init == nil && t.count.NextNode == 0 {
 		res.Refusal = no(errs.Unavailable, "the cluster is not founded yet")
 		return
 	}
+	t.now = c.time()
+	if c.Init == nil {
+		t.rights, res.Refusal = t.rightsOf(c.Who)
+		if !res.Refusal.refused() {
+			res.Refusal = t.may(c)
+		}
+	}
+	if !res.Refusal.refused() {
+		t.carryOut(c, res)
+	}
+	t.audit(c, res)
+}
+
+func (t *txn) carryOut(c *Command, res *Result) {
 	switch {
 	case c.Init != nil:
 		res.Node, res.Refusal = t.init(c.Init)
@@ -194,9 +244,31 @@ func (t *txn) do(c *Command, res *Result) {
 		res.Refusal = t.updateMember(c.UpdateMember)
 	case c.GrantJobs != 0:
 		res.FirstJob, res.Refusal = t.grantJobs(c.GrantJobs)
-	default:
+	case len(c.PutJobs) > 0:
 		res.Jobs, res.Refusal = t.putJobs(c.PutJobs)
+	case c.Put != nil:
+		res.Mod, res.Refusal = t.put(c.Put)
+	case c.Delete != nil:
+		res.Mod, res.Refusal = t.remove(c.Delete)
+	case len(c.Batch) > 0:
+		res.Keys, res.Refusal = t.batch(c.Batch)
+	case c.PutUser != nil:
+		res.Refusal = t.putUser(*c.PutUser)
+	case c.DropUser != "":
+		res.Refusal = t.dropUser(c.DropUser)
+	case c.AddLogin != nil:
+		res.Refusal = t.addLogin(*c.AddLogin)
+	case c.Login != nil:
+		res.User, res.Refusal = t.login(c.Login)
+	case c.Note != nil:
+		res.Refusal = t.takeNote(c.Note)
 	}
+}
+
+// settle writes what the command gathered.
+func (t *txn) settle() {
+	t.saveUsage()
+	t.saveEvents()
 }
 
 // member returns a member, nil when there is none.

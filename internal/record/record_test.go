@@ -16,6 +16,7 @@ import (
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/wire"
 )
 
@@ -46,6 +47,7 @@ type replica struct {
 	m     Machine
 	index uint64
 	seq   uint64
+	root  ids.Node // whose root and whose system ask; 0: the first node's
 	log   [][]byte
 }
 
@@ -86,7 +88,19 @@ func (r *replica) raw(cmd []byte) *Result {
 
 func (r *replica) apply(c Command) *Result {
 	r.t.Helper()
+	if c.Who == (principal.Principal{}) {
+		c.Who = asker(&c, max(r.root, 1))
+	}
 	return r.raw(wire.MustMarshal(c))
+}
+
+// asker is who asks in tests where nothing else is said: node n itself for
+// what nodes do, else its root.
+func asker(c *Command, n ids.Node) principal.Principal {
+	if c.AddMember != nil || c.GrantJobs != 0 || len(c.PutJobs) > 0 || c.Login != nil || c.Note != nil {
+		return principal.Of(n)
+	}
+	return principal.Principal{Node: n}
 }
 
 // do gives the command the next sequence number of client 1.
@@ -123,7 +137,7 @@ func (r *replica) refuse(c Command, want errs.Class, why string) {
 	}
 }
 
-func dump(t fataler, db *pebble.DB, but string) string {
+func dump(t fataler, db pebble.Reader, but string) string {
 	it, err := db.NewIter(nil)
 	if err != nil {
 		t.Fatalf("%v", err)
@@ -138,16 +152,24 @@ func dump(t fataler, db *pebble.DB, but string) string {
 	return out.String()
 }
 
-// content is the state without the clients' bookkeeping.
-func (r *replica) content() string { return dump(r.t, r.db, "uvd") }
+// content is the state without the clients' bookkeeping and the audit.
+func (r *replica) content() string { return content(r.t, r.db) }
+
+func content(t fataler, db pebble.Reader) string {
+	var c Counters
+	s := store{r: db, prefix: space.Key()}
+	s.load(s.key(tagCounters), &c)
+	c.Clients, c.Acts, c.Refusals, c.Index = 0, 0, 0, 0
+	return dump(t, db, "uvdac") + fmt.Sprint(c)
+}
 
 func (r *replica) replay() {
 	r.t.Helper()
 	db := openDB(r.t)
 	defer db.Close()
-	var m Machine
 	b := db.NewIndexedBatch()
 	for i, cmd := range r.log {
+		var m Machine // knows nothing from before: what it remembers must not count
 		m.ApplyTo(b, space, uint64(i+1), cmd)
 		if i%5 == 4 || i == len(r.log)-1 {
 			if err := b.Commit(pebble.NoSync); err != nil {
@@ -256,6 +278,7 @@ func TestJoining(t *testing.T) {
 	r.must(up(UpdateMember{Node: 1, State: Leaving}))
 	r.refuse(up(UpdateMember{Node: 1, State: Joining}), errs.Invalid, "again")
 	r.must(up(UpdateMember{Node: 1, State: Left}))
+	r.root = 4
 	r.refuse(up(UpdateMember{Node: 1, State: Active}), errs.Stale, "left")
 	r.refuse(up(UpdateMember{Node: 4, State: Left}), errs.Invalid, "last storing node")
 	r.must(Command{DropToken: &TokenID{7}})
@@ -307,9 +330,9 @@ func TestJobs(t *testing.T) {
 		{with(2, JobExited, 4), errs.Stale},
 		{with(2, JobLost, 0), errs.Stale},
 		{with(3, JobRunning, 0), errs.Stale}, // does not live again
-		{Job{ID: 6000, State: JobRunning}, errs.Invalid},
+		{Job{ID: 6000, Home: 1, State: JobRunning}, errs.Invalid},
 		{Job{ID: 6}, errs.Invalid},
-		{Job{ID: 6, State: JobRunning, Receipt: make([]byte, MaxReceipt+1)}, errs.TooLarge},
+		{Job{ID: 6, Home: 1, State: JobRunning, Receipt: make([]byte, MaxReceipt+1)}, errs.TooLarge},
 	} {
 		if got := put(c.job); got != c.want {
 			t.Fatalf("%d: %+v: got %v, want %v", i, c.job, got, c.want)
@@ -322,11 +345,11 @@ func TestJobs(t *testing.T) {
 	if i := r.info(); i.Unfinished != 0 || i.Finished != 1 {
 		t.Fatalf("%+v", i)
 	}
-	put(Job{ID: 6, State: JobRunning})
+	put(Job{ID: 6, Home: 1, State: JobRunning})
 	for id := ids.Job(200); id < 200+MaxFinished+50; {
 		var jobs []Job
 		for range 50 {
-			jobs = append(jobs, Job{ID: id, State: JobKilled, Signal: 9})
+			jobs = append(jobs, Job{ID: id, Home: 1, State: JobKilled, Signal: 9})
 			id++
 		}
 		r.must(Command{PutJobs: jobs})
@@ -364,7 +387,7 @@ func TestJobsOnlyGoForward(t *testing.T) {
 		last := map[ids.Job]Job{}
 		for range rapid.IntRange(1, 30).Draw(rt, "puts") {
 			j := Job{
-				ID: ids.Job(rapid.IntRange(1, 3).Draw(rt, "job")), Incarnation: ids.Incarnation(rapid.IntRange(1, 3).Draw(rt, "incarnation")),
+				ID: ids.Job(rapid.IntRange(1, 3).Draw(rt, "job")), Incarnation: ids.Incarnation(rapid.IntRange(1, 3).Draw(rt, "incarnation")), Home: 1,
 				State: JobState(rapid.IntRange(1, 4).Draw(rt, "state")), ExitCode: int32(rapid.IntRange(0, 1).Draw(rt, "code")),
 			}
 			r.must2(Command{PutJobs: []Job{j}})
@@ -504,6 +527,19 @@ func story(t fataler) *replica {
 		{ID: 1, Incarnation: 1, Home: 1, Node: 2, User: "ana", Uid: 1000, Argv: [][]byte{[]byte("make"), []byte("-j8")}, Cwd: "/unum", State: JobRunning, Started: 5, Receipt: []byte{1}},
 		{ID: 2, Incarnation: 1, Home: 1, Node: 2, Argv: [][]byte{[]byte("true")}, Cwd: "/", State: JobExited, ExitCode: 1, Detached: true, Started: 5, Ended: 6, Name: "t"},
 	}})
+	ana := principal.Principal{Node: 1, UID: 1000}
+	r.must(Command{Now: 300, PutUser: &User{Name: "ana", UID: 1000, GID: 100, Groups: []uint32{10, 20}}})
+	r.must(Command{Now: 301, PutUser: &User{Name: "old", UID: 1001, GID: 100, Admin: true, Disabled: true}})
+	r.must(Command{Now: 302, DropUser: "old"})
+	r.must(Command{Now: 303, AddLogin: &LoginToken{ID: LoginID{5}, User: "ana", Expires: 1000}})
+	r.must(Command{Now: 304, AddLogin: &LoginToken{ID: LoginID{6}, User: "ana", Expires: 1000}})
+	r.must(Command{Now: 305, Login: &Login{ID: LoginID{5}, Node: 2, Now: 305}})
+	r.must(Command{Now: 306, Put: &Put{Key: "settings/colour", Value: []byte("red")}})
+	r.must(Command{Now: 307, Who: ana, Put: &Put{Key: "user/1000/a", Value: []byte("1"), Expect: new(uint64)}})
+	r.must(Command{Now: 308, Who: ana, Batch: []Put{{Key: "user/1000/a", Value: []byte("2")}, {Key: "user/1000/b/c", Value: []byte("3")}}})
+	r.must(Command{Now: 309, Who: ana, Delete: &Delete{Key: "user/1000/b/c"}})
+	r.do(Command{Now: 310, Who: ana, Put: &Put{Key: "settings/colour", Value: []byte("blue")}})
+	r.must(Command{Now: 311, Note: &Note{About: principal.Principal{Node: 9}, What: "propose", On: "n9", Err: uint8(errs.Unauthorized), Why: "forged"}})
 	return r
 }
 

@@ -21,6 +21,13 @@ const (
 	tagClient   = 'u'
 	tagClientAt = 'v'
 	tagDone     = 'd'
+	tagKey      = 'k'
+	tagUsage    = 'q'
+	tagUser     = 'p'
+	tagUserName = 'w'
+	tagLogin    = 'l'
+	tagHistory  = 'h'
+	tagAudit    = 'a'
 )
 
 // fault is what a store panics with when the state cannot be read, decoded or

@@ -3,6 +3,7 @@ package record
 import (
 	"github.com/unum-os/unum/internal/group"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 )
 
 // Limits.
@@ -91,6 +92,10 @@ type Counters struct {
 	Unfinished uint64   `cbor:"4,keyasint"` // jobs
 	Finished   uint64   `cbor:"5,keyasint"` // jobs kept
 	Clients    uint64   `cbor:"6,keyasint"`
+	Acts       uint64   `cbor:"7,keyasint,omitempty"` // audited, ever
+	Refusals   uint64   `cbor:"8,keyasint,omitempty"` // audited, ever
+	Users      uint64   `cbor:"9,keyasint,omitempty"`
+	Index      uint64   `cbor:"10,keyasint"` // log index of the last command that wrote anything
 }
 
 // Member is a machine of the cluster.
@@ -160,9 +165,10 @@ type Job struct {
 	Text string `cbor:"19,keyasint,omitempty"` // why it ended so, when that needs a sentence
 }
 
-// Command is one entry of the record's log: one of Init to Barrier, done exactly
-// once by (Client, Seq). A repeated one gets the first one's result. Results of
-// sequence numbers below Acked are forgotten.
+// Command is one entry of the record's log: one thing asked for, from Init on,
+// done exactly once by (Client, Seq). A repeated one gets the first one's result.
+// Results of sequence numbers below Acked are forgotten. Who asks was proven at
+// the door of the node that proposes it; Init and Barrier need nobody.
 type Command struct {
 	Client uint64 `cbor:"1,keyasint"` // chosen at random at each start of a proposer
 	Seq    uint64 `cbor:"2,keyasint"` // from 1
@@ -176,6 +182,18 @@ type Command struct {
 	GrantJobs    uint32        `cbor:"9,keyasint,omitempty"` // how many ids
 	PutJobs      []Job         `cbor:"10,keyasint,omitempty"`
 	Barrier      bool          `cbor:"11,keyasint,omitempty"` // changes nothing
+
+	Who principal.Principal `cbor:"12,keyasint,omitempty"`
+	Now int64               `cbor:"13,keyasint,omitempty"` // cluster time, ns, for the audit
+
+	Put      *Put        `cbor:"14,keyasint,omitempty"`
+	Delete   *Delete     `cbor:"15,keyasint,omitempty"`
+	Batch    []Put       `cbor:"16,keyasint,omitempty"`
+	PutUser  *User       `cbor:"17,keyasint,omitempty"`
+	DropUser string      `cbor:"18,keyasint,omitempty"` // the name
+	AddLogin *LoginToken `cbor:"19,keyasint,omitempty"`
+	Login    *Login      `cbor:"20,keyasint,omitempty"`
+	Note     *Note       `cbor:"21,keyasint,omitempty"`
 }
 
 // Init founds the cluster; the first member is node 1 and active at once.
@@ -226,6 +244,12 @@ type Result struct {
 	Node     ids.Node  `cbor:"2,keyasint,omitempty"` // AddMember, Init
 	FirstJob ids.Job   `cbor:"3,keyasint,omitempty"` // GrantJobs: the first of as many as asked for
 	Jobs     []Refusal `cbor:"4,keyasint,omitempty"` // PutJobs: one for each
-	Revision uint64    `cbor:"5,keyasint,omitempty"` // after the command
+	Revision uint64    `cbor:"5,keyasint,omitempty"` // of the record, after the command
 	Index    uint64    `cbor:"6,keyasint,omitempty"` // log index at which it was applied
+
+	// Mod is the revision of the key of a Put or Delete: the new one, or that
+	// because of which it was refused; 0: there is no such key.
+	Mod  uint64      `cbor:"7,keyasint,omitempty"`
+	Keys []KeyResult `cbor:"8,keyasint,omitempty"` // Batch: one for each
+	User *User       `cbor:"9,keyasint,omitempty"` // Login: who logged in
 }
