@@ -21,6 +21,7 @@ import (
 	"github.com/unum-os/unum/internal/control/cli"
 	"github.com/unum-os/unum/internal/daemon"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/node"
 	"github.com/unum-os/unum/internal/record"
 )
@@ -38,6 +39,7 @@ type starting struct {
 	detach bool
 	log    string
 	wait   config.Duration
+	lost   string      // of up --without
 	role   record.Role // to become; 0: what the directory or the token says
 }
 
@@ -104,7 +106,13 @@ func (s *starting) load() (node.Config, error) {
 	if err != nil {
 		return node.Config{}, err
 	}
-	c := node.Config{Role: s.role, Dir: l.Dir, Mount: l.Mount, Addr: l.Addr, Share: l.Share, Metrics: l.Metrics, Labels: l.Labels,
+	var lost ids.Node
+	if s.lost != "" {
+		if lost, err = ids.ParseNode(s.lost); err != nil {
+			return node.Config{}, err
+		}
+	}
+	c := node.Config{Without: lost, Role: s.role, Dir: l.Dir, Mount: l.Mount, Addr: l.Addr, Share: l.Share, Metrics: l.Metrics, Labels: l.Labels,
 		Settings: l.Values(), Socket: control.Path(), Log: logger(l.Settings)}
 	if c.Hostname, err = os.Hostname(); err != nil {
 		return c, err
@@ -212,6 +220,9 @@ func waitHealthy(ctx context.Context, sock string, tell func(why string)) error 
 // own.
 func (s *starting) background(ctx context.Context, c node.Config) error {
 	argv := append([]string{c.Exe, "up", "--config", s.file}, s.flags.Args()...)
+	if s.lost != "" {
+		argv = append(argv, "--without", s.lost)
+	}
 	pid, err := daemon.Start(ctx, daemon.Spec{Argv: argv, Env: os.Environ(), Log: s.log, Wait: time.Duration(s.wait), Tell: os.Stderr,
 		Healthy: func(ctx context.Context) error { return askHealthy(ctx, c.Socket) }})
 	if errs.Has(err, errs.Timeout) {
@@ -234,13 +245,21 @@ In the foreground it ends with code 0 after SIGTERM and 128+n after another
 signal. With -d: 0 when the node is healthy, 1 when it runs but is not healthy
 in time, 125 when it does not run.`
 
+// without is said of up.
+const without = `
+Of two nodes without a witness each has everything, but one alone must not
+write: it cannot know that the other does not. If the other is lost for good,
+--without says so: this node goes on alone, nothing is lost, and the other is
+refused from then on. Bring it back as a new one: empty its directory, unum join.
+`
+
 func upCommand() *cobra.Command {
 	var s starting
 	cmd := &cobra.Command{
 		Use:     "up",
 		Short:   "Start this machine as a node; the first time, as a cluster of one",
-		Long:    "Start this machine as a node; the first time, as a cluster of one.\n" + exitCodes,
-		Example: "  unum up\n  unum up -d\n  unum up --dir /srv/unum --labels place=attic,failure-domain=rack1",
+		Long:    "Start this machine as a node; the first time, as a cluster of one.\n" + without + exitCodes,
+		Example: "  unum up\n  unum up -d\n  unum up --without n2\n  unum up --dir /srv/unum --labels place=attic,failure-domain=rack1",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			super := daemon.NewNotifier()
@@ -267,6 +286,7 @@ func upCommand() *cobra.Command {
 		},
 	}
 	nodeFlags(cmd, &s)
+	cmd.Flags().StringVar(&s.lost, "without", "", "the other one of two nodes, which is lost for good")
 	return cmd
 }
 

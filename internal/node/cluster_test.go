@@ -312,3 +312,44 @@ func TestForgedProposals(t *testing.T) {
 		t.Errorf("%+v %v", ts, err)
 	}
 }
+
+// Of two nodes one is lost for good: the other is told so, and goes on alone
+// with everything; what is left of the lost one is refused.
+func TestWithout(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cfg1 := config(t)
+	if err := Found(cfg1); err != nil {
+		t.Fatal(err)
+	}
+	n1, stop1 := start(t, cfg1)
+	settled(t, n1, 1)
+	n2, cfg2, stop2 := join(t, ctx, n1, record.RoleStore)
+	settled(t, n2, 2)
+	voters(t, n2, 1, 2)
+	if _, err := n2.token(asRoot(ctx, n2), &TokenRequest{Uses: 7}); err != nil {
+		t.Fatal(err)
+	}
+	stop1()
+	stop2()
+	cfg2.Without = 3
+	if _, err := Open(cfg2); !errs.Has(err, errs.Invalid) {
+		t.Fatalf("without a stranger: %v", err)
+	}
+	cfg2.Without = 1
+	n2, _ = start(t, cfg2)
+	voters(t, n2, 2)
+	await(t, "n1 is put out", func() bool { return (*n2.known.Load())[1].State == record.Removed })
+	ts, err := n2.record.view().Tokens()
+	if err != nil || !slices.ContainsFunc(ts, func(t record.Token) bool { return t.Uses == 7 }) {
+		t.Fatalf("what was acknowledged is not there: %+v %v", ts, err)
+	}
+	n1, _ = start(t, cfg1)
+	n3, _, _ := join(t, ctx, n2, record.RoleStore)
+	settled(t, n3, 2)
+	voters(t, n2, 2, 3)
+	voters(t, n3, 2, 3)
+	if _, err := n1.ep.Call(ctx, 2, methodSelf, nil, nil, nil); err == nil {
+		t.Error("the lost node is heard")
+	}
+}

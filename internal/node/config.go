@@ -31,6 +31,7 @@ type Config struct {
 	Hostname string            // shown to people
 	Share    float64           // part of a machine shared with other nodes (a lab); 0: all of it
 	Role     record.Role       // what Join asks to become; 0: what the token says
+	Without  ids.Node          // the one other voter, gone for good: this node goes on alone; 0: nobody
 	Labels   map[string]string // told to the record when the node is made
 	Exe      string            // the light binary, whose shim starts jobs
 	Metrics  string            // host:port for Prometheus; empty: none

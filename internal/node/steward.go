@@ -8,6 +8,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/quorum"
 	"github.com/unum-os/unum/internal/record"
 )
@@ -98,11 +99,27 @@ func (s *steward) look(ctx context.Context) bool {
 	}
 	if n.rec != nil && n.rec.IsLeader() && n.disk.Role == record.RoleStore {
 		busy = n.admit(ctx, members) || busy
+		busy = s.putOut(ctx, n.cfg.Without) || busy
 		if time.Since(n.began) > settling {
 			s.bury(ctx, members)
 		}
 	}
 	return busy
+}
+
+// putOut has the node without which this one was told to go on removed, and
+// reports whether that is still to be done.
+func (s *steward) putOut(ctx context.Context, lost ids.Node) bool {
+	n := s.n
+	if m := (*n.known.Load())[lost]; !m.State.Belongs() {
+		return false
+	}
+	root := principal.Principal{Node: n.id} // who started this node so
+	_, err := n.record.do(ctx, record.Command{Who: root, UpdateMember: &record.UpdateMember{Node: lost, State: record.Removed}})
+	if err != nil && ctx.Err() == nil {
+		n.cfg.Log.Warn("the lost node is not put out yet", "member", lost.String(), "err", err)
+	}
+	return err != nil
 }
 
 // renew asks for the next certificate when it is time.
