@@ -75,6 +75,15 @@ func Size(f File) (int64, error) {
 	return st.Size(), nil
 }
 
+// SyncData makes a file's bytes durable, and what is needed to find them there.
+func SyncData(f File) error {
+	for {
+		if err := f.SyncData(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
 // SyncDir makes the names in dir durable.
 func SyncDir(d FS, dir string) error {
 	f, err := d.OpenDir(dir)

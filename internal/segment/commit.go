@@ -5,6 +5,7 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 )
 
@@ -47,7 +48,7 @@ func (p *pending) span() int64 { return recordSize + padded(int64(len(p.Data))) 
 // active is the segment being appended to.
 type active struct {
 	num     uint32
-	file    File
+	file    disk.File
 	size    int64 // all below is durable; the next record goes here
 	alloc   int64 // the file's size: space taken
 	recs    []placed
@@ -257,7 +258,7 @@ func (s *Store) write(a *active, run []*pending, end int64) error {
 		off += int64(len(buf))
 		buf = buf[:0]
 	}
-	if err := a.file.Sync(); err != nil {
+	if err := disk.SyncData(a.file); err != nil {
 		return s.failed(a, err)
 	}
 	a.size = end
@@ -272,7 +273,7 @@ func (s *Store) write(a *active, run []*pending, end int64) error {
 func (s *Store) failed(a *active, why error) error {
 	// What the page cache holds beyond the durable length may never reach the
 	// disk: it must not be found again, not even by a restarted process.
-	terr := a.file.Truncate(a.size)
+	terr := disk.Truncate(a.file, a.size)
 	if terr == nil {
 		a.alloc = a.size
 	}
@@ -306,16 +307,16 @@ func (s *Store) grow(a *active, end int64) error {
 	if free < to-a.alloc {
 		to = end
 	}
-	err = a.file.Allocate(a.alloc, to)
+	err = disk.Allocate(a.file, a.alloc, to)
 	if full(err) && to > end {
 		to = end
-		err = a.file.Allocate(a.alloc, to)
+		err = disk.Allocate(a.file, a.alloc, to)
 	}
 	switch {
 	case err == nil:
 		a.alloc = to
 		return nil
-	case errors.Is(err, syscall.EOPNOTSUPP) || errors.Is(err, syscall.ENOSYS):
+	case errs.Has(err, errs.NotSupported) || errors.Is(err, syscall.ENOSYS):
 		a.plain = true
 		return nil
 	default:
@@ -325,7 +326,7 @@ func (s *Store) grow(a *active, end int64) error {
 
 // room returns how much may be written, at least n bytes, or class NoSpace.
 func (s *Store) room(n int64) (int64, error) {
-	free, err := s.fs.Free(s.dir)
+	free, err := s.free()
 	if err != nil {
 		return 0, err
 	}
@@ -345,7 +346,7 @@ func (s *Store) create(n int64) error {
 		return errs.E(errs.NoSpace, "create segment", s.dir, "no numbers left")
 	}
 	path := s.segmentPath(num)
-	f, err := s.fs.Create(path)
+	f, err := disk.Create(s.fs, path)
 	if err != nil {
 		return s.uncreated(path, nil, err)
 	}
@@ -356,10 +357,10 @@ func (s *Store) create(n int64) error {
 	if _, err := f.WriteAt(page, 0); err != nil {
 		return s.uncreated(path, f, err)
 	}
-	if err := f.Sync(); err != nil {
+	if err := disk.SyncData(f); err != nil {
 		return s.uncreated(path, f, err)
 	}
-	if err := s.fs.SyncDir(s.dir); err != nil {
+	if err := disk.SyncDir(s.fs, s.dir); err != nil {
 		return s.uncreated(path, f, err)
 	}
 	s.active = &active{num: num, file: f, size: headerSize, alloc: headerSize}
@@ -370,7 +371,7 @@ func (s *Store) create(n int64) error {
 
 // uncreated takes a half-made segment back; if that fails too, the next one
 // takes its number and Open passes it over.
-func (s *Store) uncreated(path string, f File, why error) error {
+func (s *Store) uncreated(path string, f disk.File, why error) error {
 	class := errs.IO
 	if full(why) {
 		return errors.Join(noSpace(s.dir, why), s.undo(path, f))
@@ -378,7 +379,7 @@ func (s *Store) uncreated(path string, f File, why error) error {
 	return errors.Join(&errs.Error{Op: "create segment", Subject: path, Class: class, Err: why}, s.undo(path, f))
 }
 
-func (s *Store) undo(path string, f File) error {
+func (s *Store) undo(path string, f disk.File) error {
 	if f == nil {
 		return nil
 	}
@@ -404,7 +405,7 @@ func (s *Store) close(a *active) {
 // all convenience: failures are logged and cost a scan, or space.
 func (s *Store) finish(a *active) {
 	if a.alloc > a.size {
-		if err := a.file.Truncate(a.size); err != nil {
+		if err := disk.Truncate(a.file, a.size); err != nil {
 			s.log.Warn("segment not trimmed", "file", s.segmentPath(a.num), "err", err)
 		} else {
 			a.alloc = a.size
@@ -421,7 +422,7 @@ func (s *Store) finish(a *active) {
 // known by its checksum.
 func (s *Store) writeIndex(num uint32, covered int64, recs []placed) error {
 	path := s.indexPath(num)
-	f, err := s.fs.Create(path + ".tmp")
+	f, err := disk.Create(s.fs, path+".tmp")
 	if err != nil {
 		return err
 	}

@@ -3,13 +3,15 @@ package segment
 import (
 	"container/list"
 	"sync"
+
+	"github.com/unum-os/unum/internal/disk"
 )
 
 // files holds the open segment files: the active one, and at most max sealed
 // ones that were read lately. Files in use may exceed that for a moment. Errors
 // of closing mean nothing here: what was acknowledged is synced.
 type files struct {
-	open func(segment uint32) (File, error)
+	open func(segment uint32) (disk.File, error)
 	max  int
 
 	mu     sync.Mutex
@@ -19,18 +21,18 @@ type files struct {
 
 type handle struct {
 	num  uint32
-	file File
+	file disk.File
 	refs int
 	at   *list.Element // nil: pinned, or dropped while in use
 	gone bool          // close when refs is 0
 }
 
-func newFiles(max int, open func(uint32) (File, error)) *files {
+func newFiles(max int, open func(uint32) (disk.File, error)) *files {
 	return &files{open: open, max: max, byNum: map[uint32]*handle{}}
 }
 
 // pin gives files an open file that stays open until unpin.
-func (c *files) pin(num uint32, f File) {
+func (c *files) pin(num uint32, f disk.File) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.byNum[num] = &handle{num: num, file: f}

@@ -9,13 +9,14 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 )
 
 // found is a segment file as Open finds it.
 type found struct {
 	num    uint32
-	file   File
+	file   disk.File
 	size   int64
 	header segmentHeader
 	err    error // why there is no header
@@ -24,13 +25,13 @@ type found struct {
 // recover locks the directory, finds out which store it is, reads what every
 // segment holds, and makes the last one fit to be appended to. Nobody else has s.
 func (s *Store) recover() error {
-	if err := s.fs.MkdirAll(s.dir); err != nil {
+	if err := s.fs.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
-	if err := s.fs.SyncDir(filepath.Dir(s.dir)); err != nil {
+	if err := disk.SyncDir(s.fs, filepath.Dir(s.dir)); err != nil {
 		return err
 	}
-	lock, err := s.fs.Lock(filepath.Join(s.dir, "lock"))
+	lock, err := disk.Lock(s.fs, filepath.Join(s.dir, "lock"))
 	if err != nil {
 		return err
 	}
@@ -76,7 +77,7 @@ func (s *Store) recover() error {
 		}
 	}
 	// Names made by an earlier process that did not live to sync them.
-	if err := s.fs.SyncDir(s.dir); err != nil {
+	if err := disk.SyncDir(s.fs, s.dir); err != nil {
 		return err
 	}
 	s.stats.Segments = s.last
@@ -109,10 +110,10 @@ func (s *Store) list() ([]*found, error) {
 // open opens f's file if it is not, and reads its header.
 func (s *Store) open(f *found) error {
 	var err error
-	if f.file, err = s.fs.Open(s.segmentPath(f.num)); err != nil {
+	if f.file, err = disk.OpenReadWrite(s.fs, s.segmentPath(f.num)); err != nil {
 		return err
 	}
-	if f.size, err = f.file.Size(); err != nil {
+	if f.size, err = disk.Size(f.file); err != nil {
 		return err
 	}
 	f.size = min(f.size, maxSegment)
@@ -203,7 +204,7 @@ func (s *Store) blank(f *found) (bool, error) {
 // use makes f's file open.
 func (s *Store) use(f *found) (err error) {
 	if f.file == nil {
-		f.file, err = s.fs.Open(s.segmentPath(f.num))
+		f.file, err = disk.OpenReadWrite(s.fs, s.segmentPath(f.num))
 	}
 	return err
 }
@@ -283,13 +284,13 @@ func (s *Store) recoverTail(f *found) error {
 		}
 		a.size = f.size // what cannot be read may hold records
 	} else if f.size > sc.end {
-		if err := f.file.Truncate(sc.end); err != nil {
+		if err := disk.Truncate(f.file, sc.end); err != nil {
 			return errs.Wrap(err, "cut", s.segmentPath(f.num))
 		}
 		a.alloc = sc.end
 	}
 	// Read does not mean durable: the machine may have kept running.
-	if err := f.file.Sync(); err != nil {
+	if err := disk.SyncData(f.file); err != nil {
 		return errs.Wrap(err, "sync", s.segmentPath(f.num))
 	}
 	s.files.pin(f.num, f.file)
@@ -335,7 +336,7 @@ func (s *Store) readIndex(num uint32) (id storeID, n uint32, covered int64, recs
 		return
 	}
 	defer f.Close()
-	size, err := f.Size()
+	size, err := disk.Size(f)
 	if err != nil || size > indexHeader+(maxSegment/recordSize)*indexEntry+4 {
 		return
 	}

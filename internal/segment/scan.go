@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+
+	"github.com/unum-os/unum/internal/disk"
 )
 
 // gap is a range in which no record could be read.
@@ -80,7 +82,7 @@ func allZero(b []byte) bool {
 
 // window reads a file forward in large pieces.
 type window struct {
-	file   File
+	file   disk.File
 	buf    []byte
 	off    int64 // of buf
 	failed bool

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 )
 
@@ -16,10 +17,10 @@ import (
 // defaults.
 type Config struct {
 	Dir         string
-	SegmentSize int64 // bytes of a full segment; 64 MiB: an index of its own pays, and a lost one costs little to read
-	Reserve     int64 // bytes of the file system left to others, so that the node's metadata can go on; 32 MiB; negative: none
-	MaxOpen     int   // sealed segment files open at once; 64: the process may be limited to 256
-	FS          FS    // the operating system's
+	SegmentSize int64   // bytes of a full segment; 64 MiB: an index of its own pays, and a lost one costs little to read
+	Reserve     int64   // bytes of the file system left to others, so that the node's metadata can go on; 32 MiB; negative: none
+	MaxOpen     int     // sealed segment files open at once; 64: the process may be limited to 256
+	FS          disk.FS // the operating system's
 	Log         *slog.Logger
 }
 
@@ -28,7 +29,7 @@ type Store struct {
 	dir     string
 	size    int64
 	reserve int64
-	fs      FS
+	fs      disk.FS
 	log     *slog.Logger
 	lock    io.Closer
 	id      storeID
@@ -98,7 +99,7 @@ func Open(cfg Config) (*Store, error) {
 		cfg.MaxOpen = 64
 	}
 	if cfg.FS == nil {
-		cfg.FS = OS
+		cfg.FS = disk.Real
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -113,7 +114,7 @@ func Open(cfg Config) (*Store, error) {
 		inflight: map[Name]*unit{},
 	}
 	s.changed.L = &s.mu
-	s.files = newFiles(cfg.MaxOpen, func(n uint32) (File, error) { return s.fs.Open(s.segmentPath(n)) })
+	s.files = newFiles(cfg.MaxOpen, func(n uint32) (disk.File, error) { return s.fs.Open(s.segmentPath(n)) })
 	if err := s.recover(); err != nil {
 		s.files.close()
 		if s.lock != nil {
@@ -256,11 +257,17 @@ func (s *Store) Stats() Stats {
 
 // Free returns the bytes that may still be put before the reserve is touched.
 func (s *Store) Free() (int64, error) {
-	n, err := s.fs.Free(s.dir)
+	n, err := s.free()
 	if err != nil {
 		return 0, errs.Wrap(err, "free space", s.dir)
 	}
 	return max(n-s.reserve, 0), nil
+}
+
+// free returns the bytes that the file system still has for us.
+func (s *Store) free() (int64, error) {
+	u, err := s.fs.GetDiskUsage(s.dir)
+	return int64(min(u.AvailBytes, 1<<62)), err
 }
 
 // short is enough of a name for a message.

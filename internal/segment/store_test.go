@@ -13,8 +13,10 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"golang.org/x/sys/unix"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 )
 
@@ -47,7 +49,7 @@ func wantBlock(t testing.TB, s *Store, b Block) {
 func crashCopy(t testing.TB, dir string) string {
 	t.Helper()
 	to := t.TempDir()
-	names, err := OS.List(dir)
+	names, err := disk.Real.List(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +198,7 @@ func TestLaterVersionIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Close()
-	f, err := OS.Open(s.segmentPath(1))
+	f, err := disk.OpenReadWrite(disk.Real, s.segmentPath(1))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -355,32 +357,32 @@ func TestConcurrent(t *testing.T) {
 
 // slowSync holds the first sync until more puts have queued.
 type slowSync struct {
-	FS
+	disk.FS
 	hold  chan struct{}
 	held  chan struct{}
 	armed atomic.Bool
 }
 
 type slowFile struct {
-	File
+	disk.File
 	fs *slowSync
 }
 
-func (f *slowSync) Create(p string) (File, error) {
-	file, err := f.FS.Create(p)
+func (f *slowSync) Create(p string, c vfs.DiskWriteCategory) (disk.File, error) {
+	file, err := f.FS.Create(p, c)
 	return &slowFile{file, f}, err
 }
 
-func (f *slowFile) Sync() error {
+func (f *slowFile) SyncData() error {
 	if f.fs.armed.CompareAndSwap(true, false) {
 		f.fs.held <- struct{}{}
 		<-f.fs.hold
 	}
-	return f.File.Sync()
+	return f.File.SyncData()
 }
 
 func TestGroupCommit(t *testing.T) {
-	fs := &slowSync{FS: OS, hold: make(chan struct{}), held: make(chan struct{})}
+	fs := &slowSync{FS: disk.Real, hold: make(chan struct{}), held: make(chan struct{})}
 	s := open(t, Config{Dir: t.TempDir(), FS: fs})
 	if err := s.Put(block(0, 10).Name, block(0, 10).Data); err != nil {
 		t.Fatal(err)
@@ -457,7 +459,7 @@ func TestFullDisk(t *testing.T) {
 	s.Close()
 
 	// Without a reserve the disk itself says no.
-	s = open(t, Config{Dir: filepath.Join(dir, "blocks"), Reserve: -1, FS: lyingFree{OS}})
+	s = open(t, Config{Dir: filepath.Join(dir, "blocks"), Reserve: -1, FS: lyingFree{disk.Real}})
 	n2, err := fill(s, n, 100)
 	if !errs.Has(err, errs.NoSpace) || n2 <= n {
 		t.Fatalf("after %d blocks: %v", n2, err)
@@ -496,9 +498,11 @@ func TestFullDisk(t *testing.T) {
 }
 
 // lyingFree never sees a full disk coming.
-type lyingFree struct{ FS }
+type lyingFree struct{ disk.FS }
 
-func (lyingFree) Free(string) (int64, error) { return 1 << 40, nil }
+func (lyingFree) GetDiskUsage(string) (vfs.DiskUsage, error) {
+	return vfs.DiskUsage{AvailBytes: 1 << 40}, nil
+}
 
 func FuzzDecode(f *testing.F) {
 	id := storeID{1}
@@ -528,14 +532,14 @@ func FuzzOpen(f *testing.F) {
 	f.Add([]byte("UREC\x01"), uint16(0))
 	f.Add(bytes.Repeat([]byte{0xff}, 300), uint16(17))
 	f.Fuzz(func(t *testing.T, tail []byte, at uint16) {
-		cfg := Config{Dir: "/s", FS: newMemFS(1)}
+		cfg := Config{Dir: "/s", FS: disk.NewMem()}
 		s := open(t, cfg)
 		a, b := block(1, 100), block(2, 200)
 		if err := s.Put(a.Name, a.Data); err != nil {
 			t.Fatal(err)
 		}
 		s.Close()
-		file, err := cfg.FS.Open(s.segmentPath(1))
+		file, err := disk.OpenReadWrite(cfg.FS, s.segmentPath(1))
 		if err != nil {
 			t.Fatal(err)
 		}
