@@ -55,7 +55,10 @@ type CA struct {
 
 // NewCA makes an authority for a new cluster. The name is lower-case letters,
 // digits and dashes, at most 63.
-func NewCA(cluster string) (*CA, error) {
+func NewCA(cluster string) (*CA, error) { return NewCAAt(cluster, time.Now()) }
+
+// NewCAAt is NewCA at another time than the machine's.
+func NewCAAt(cluster string, now time.Time) (*CA, error) {
 	if !clusterName.MatchString(cluster) {
 		return nil, errs.E(errs.Invalid, "make authority", cluster, "a cluster's name is 1 to 63 lower-case letters, digits and dashes, with a letter or digit at both ends")
 	}
@@ -63,7 +66,6 @@ func NewCA(cluster string) (*CA, error) {
 	if err != nil {
 		return nil, errs.Wrap(err, "make authority", cluster)
 	}
-	now := time.Now()
 	serial, err := newSerial()
 	if err != nil {
 		return nil, err

@@ -169,6 +169,15 @@ func (h *Holder) Node() ids.Node { return h.cur.Load().peer.Node }
 // NotAfter returns when the certificate ends to hold.
 func (h *Holder) NotAfter() time.Time { return h.cur.Load().cert.Leaf.NotAfter }
 
+// Holds reports whether the certificate is for that public key.
+func (h *Holder) Holds(pub []byte) bool {
+	have, ok := h.cur.Load().cert.Leaf.PublicKey.(ed25519.PublicKey)
+	return ok && bytes.Equal(have, pub)
+}
+
+// NotBefore returns when the certificate begins to hold.
+func (h *Holder) NotBefore() time.Time { return h.cur.Load().cert.Leaf.NotBefore }
+
 // GetCertificate is for tls.Config, on the server's side.
 func (h *Holder) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return h.cur.Load().cert, nil

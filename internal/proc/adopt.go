@@ -240,7 +240,7 @@ func (m *Manager) orphans(ctx context.Context, began int64) {
 				if r.Node != m.cfg.Self || r.State.Finished() || r.Start >= began || known {
 					continue
 				}
-				r.State, r.End = Lost, time.Now().UnixNano()
+				r.State, r.End = Lost, m.cfg.Clock.Wall().UnixNano()
 				r.Text = fmt.Sprintf("the daemon of node %v was restarted", m.cfg.Self)
 				m.cfg.Registry.Put(r)
 			}

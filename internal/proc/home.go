@@ -36,6 +36,8 @@ type HomeConfig struct {
 	Host func(ids.Node) string
 	// Explain turns a receipt into the text of `unum why`; JSON when asked.
 	Explain func(receipt []byte, json bool) (string, error)
+	// Clock gives the times of jobs; nil: the machine's.
+	Clock clock.Clock
 }
 
 const (
@@ -54,7 +56,12 @@ const (
 type Home struct{ cfg HomeConfig }
 
 // NewHome returns the home side. It starts nothing.
-func NewHome(cfg HomeConfig) *Home { return &Home{cfg} }
+func NewHome(cfg HomeConfig) *Home {
+	if cfg.Clock == nil {
+		cfg.Clock = clock.Real
+	}
+	return &Home{cfg}
+}
 
 // nodeName is how a node appears in sentences.
 func (h *Home) nodeName(n ids.Node) string {
@@ -89,7 +96,7 @@ func (s *Stdio) close() {
 // caller's going away, and kills the command.
 func (h *Home) Run(ctx context.Context, peer control.Cred, a *jobapi.Ask, io Stdio, tells <-chan jobapi.Tell) jobapi.Event {
 	defer io.close()
-	r := &run{h: h, ask: a, io: io, tells: tells, began: time.Now().UnixNano()}
+	r := &run{h: h, ask: a, io: io, tells: tells, began: h.cfg.Clock.Wall().UnixNano()}
 	id, err := h.cfg.Registry.NewID(ctx)
 	if err != nil {
 		return failed(errs.Wrap(err, "no job number", ""))
@@ -202,7 +209,7 @@ func (r *run) lost(node ids.Node) jobapi.Event {
 	if r.ask.Detach {
 		text = fmt.Sprintf("node %s went silent: it is unknown whether the command was started; see unum ps", r.h.nodeName(node))
 	} else {
-		now := time.Now().UnixNano()
+		now := r.h.cfg.Clock.Wall().UnixNano()
 		r.h.cfg.Registry.Put(JobRecord{Job: r.l.Job, Incarnation: r.l.Incarnation, Home: r.h.cfg.Self, Node: node, UID: r.l.UID, Argv: r.l.Program.Argv,
 			Cwd: r.l.Program.Cwd, State: Lost, Name: r.l.Name, Receipt: r.l.Receipt, Start: r.began, End: now, Text: text})
 	}

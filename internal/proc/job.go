@@ -70,7 +70,7 @@ func (m *Manager) serveJob(ctx context.Context, from ids.Node, conn net.Conn) {
 	}
 	j := &job{m: m, l: l, home: from, slot: slotKey{from, l.Job, l.Incarnation}, over: make(chan struct{}), cg: &cgroup{}}
 	j.rec = JobRecord{Job: l.Job, Incarnation: l.Incarnation, Home: from, Node: m.cfg.Self, UID: l.UID,
-		Argv: l.Program.Argv, Cwd: l.Program.Cwd, Detached: l.Detach, Name: l.Name, Receipt: l.Receipt, Start: time.Now().UnixNano()}
+		Argv: l.Program.Argv, Cwd: l.Program.Cwd, Detached: l.Detach, Name: l.Name, Receipt: l.Receipt, Start: m.cfg.Clock.Wall().UnixNano()}
 	if m.cfg.Accept != nil && !l.Pinned {
 		if err := m.cfg.Accept(Demand{UID: l.UID, Argv: l.Program.Argv, Cwd: l.Program.Cwd}); err != nil {
 			t.send(toHome{Refused: refuse(err)})
@@ -194,6 +194,15 @@ func (j *job) holdLease(t *talk, io *jobIO, finished <-chan struct{}) {
 	}
 }
 
+// deadline is the end of a lease as the shim, which reads the machine's clock,
+// understands it; 0 is none.
+func deadline(lease clock.Instant) int64 {
+	if lease == 0 {
+		return 0
+	}
+	return int64(clock.Machine(lease))
+}
+
 // obey does what a message of the home says.
 func (j *job) obey(msg toNode, io *jobIO) {
 	switch {
@@ -205,7 +214,7 @@ func (j *job) obey(msg toNode, io *jobIO) {
 		j.mu.Lock()
 		j.lease = max(j.lease, until)
 		j.mu.Unlock()
-		j.tell(shim.ToShim{Deadline: int64(until)})
+		j.tell(shim.ToShim{Deadline: deadline(until)})
 	case msg.Signal != 0:
 		j.signal(msg.Signal)
 	case msg.Window != nil:
@@ -264,7 +273,7 @@ func (j *job) start(io *jobIO, lease clock.Instant, dir *os.File) *ending {
 	if err != nil {
 		return j.notStarted("cannot start the shim: "+err.Error(), jobapi.CodeFailed)
 	}
-	spec := shim.Spec{Program: j.l.Program, UID: j.l.UID, GID: j.l.GID, Groups: j.l.Groups, Deadline: int64(lease)}
+	spec := shim.Spec{Program: j.l.Program, UID: j.l.UID, GID: j.l.GID, Groups: j.l.Groups, Deadline: deadline(lease)}
 	spec.Program.Env = j.environment()
 	files := io.child[:]
 	if dir != nil {
@@ -326,7 +335,7 @@ func (j *job) connect(link *net.UnixConn) {
 	defer j.mu.Unlock()
 	j.link = link
 	if j.lease != 0 {
-		shim.Write(link, shim.ToShim{Deadline: int64(j.lease)}) // a broken link shows in the answer to the spec
+		shim.Write(link, shim.ToShim{Deadline: deadline(j.lease)}) // a broken link shows in the answer to the spec
 	}
 	for _, sig := range j.early {
 		shim.Write(link, shim.ToShim{Signal: sig})
@@ -396,7 +405,7 @@ func Errno(en syscall.Errno) string {
 func (j *job) notStarted(text string, code int) *ending {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.rec.State, j.rec.Code, j.rec.End, j.rec.Text = Exited, code, time.Now().UnixNano(), text
+	j.rec.State, j.rec.Code, j.rec.End, j.rec.Text = Exited, code, j.m.cfg.Clock.Wall().UnixNano(), text
 	select {
 	case <-j.over:
 	default:
@@ -454,7 +463,7 @@ func (j *job) secure() error {
 
 // finish makes the record final and tells it. j.mu is held.
 func (j *job) finish(e *ending) {
-	j.rec.State, j.rec.Code, j.rec.Signal, j.rec.Text, j.rec.End = e.State, e.Code, e.Signal, e.Text, time.Now().UnixNano()
+	j.rec.State, j.rec.Code, j.rec.Signal, j.rec.Text, j.rec.End = e.State, e.Code, e.Signal, e.Text, j.m.cfg.Clock.Wall().UnixNano()
 	close(j.over)
 	r := j.rec
 	j.m.cfg.Registry.Put(r)

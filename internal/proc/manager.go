@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 )
@@ -41,6 +42,8 @@ type ManagerConfig struct {
 	// before another node is told that a command has ended well or ill: whoever
 	// knows the exit code can rely on the files. Nil: there is no tree.
 	Settle func(ctx context.Context) error
+	// Clock gives the times of jobs; nil: the machine's.
+	Clock clock.Clock
 }
 
 // maxJobs bounds the jobs of one node: each costs a shim and some ten
@@ -85,6 +88,9 @@ type slot struct{ conns [numStreams]chan net.Conn }
 
 // NewManager returns a manager and registers its handlers; Run starts it.
 func NewManager(cfg ManagerConfig) (*Manager, error) {
+	if cfg.Clock == nil {
+		cfg.Clock = clock.Real
+	}
 	fd, err := unix.Open(cfg.Exe, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, errs.Wrap(err, "open the program that starts jobs", cfg.Exe)
@@ -123,7 +129,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 	m.adoptAll(ctx)
 	m.cg.sweep()
-	began := time.Now().UnixNano()
+	began := m.cfg.Clock.Wall().UnixNano()
 	m.mu.Lock()
 	m.base = ctx
 	m.mu.Unlock()
@@ -164,7 +170,7 @@ func (m *Manager) NodeDead(ctx context.Context, n ids.Node) error {
 	}
 	for _, r := range rs {
 		if r.Node == n && !r.State.Finished() {
-			r.State, r.End = Lost, time.Now().UnixNano()
+			r.State, r.End = Lost, m.cfg.Clock.Wall().UnixNano()
 			r.Text = fmt.Sprintf("node %v died", n)
 			m.cfg.Registry.Put(r)
 		}

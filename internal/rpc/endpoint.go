@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
@@ -47,7 +48,10 @@ type Config struct {
 	// Permit reports whether a peer with that role may call the method, send the
 	// cast, or open the stream of that name; nil permits all.
 	Permit func(role identity.Role, what string) bool
-	Log    *slog.Logger
+	// Clock tells whether certificates hold; nil: the machine's. Nothing else here
+	// looks at the time of day: connections outlive its jumps.
+	Clock clock.Clock
+	Log   *slog.Logger
 }
 
 // Handler answers calls. It owns req (the encoded request) and data. ctx ends
@@ -105,6 +109,9 @@ func New(cfg Config) (*Endpoint, error) {
 	}
 	if cfg.Permit == nil {
 		cfg.Permit = func(identity.Role, string) bool { return true }
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = clock.Real
 	}
 	lis := cfg.Listener
 	if lis == nil {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/hashicorp/yamux"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
@@ -119,7 +120,7 @@ func (e *Endpoint) serve(c net.Conn, conf *tls.Config, known func()) {
 		return // a client that named no protocol
 	}
 	// The handshake verified the chain: this reads the name.
-	p, err := e.cfg.Cert.Trust().Verify(cs.PeerCertificates, x509.ExtKeyUsageClientAuth, time.Now())
+	p, err := e.cfg.Cert.Trust().Verify(cs.PeerCertificates, x509.ExtKeyUsageClientAuth, e.cfg.Clock.Wall())
 	if err != nil {
 		return
 	}
@@ -172,7 +173,7 @@ func (e *Endpoint) serverTLS() *tls.Config {
 		ClientAuth:             tls.RequireAnyClientCert, // verified below, like a server's
 		SessionTicketsDisabled: true,                     // each connection proves anew who it is
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			p, err := e.cfg.Cert.Trust().Verify(cs.PeerCertificates, x509.ExtKeyUsageClientAuth, time.Now())
+			p, err := e.cfg.Cert.Trust().Verify(cs.PeerCertificates, x509.ExtKeyUsageClientAuth, e.cfg.Clock.Wall())
 			if err != nil {
 				return err
 			}
@@ -209,7 +210,7 @@ func (e *Endpoint) clientTLS(to ids.Node, kind laneKind) *tls.Config {
 		InsecureSkipVerify:     true, // certificates name nodes, not hosts: VerifyConnection checks them
 		SessionTicketsDisabled: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			p, err := e.cfg.Cert.Trust().Verify(cs.PeerCertificates, x509.ExtKeyUsageServerAuth, time.Now())
+			p, err := e.cfg.Cert.Trust().Verify(cs.PeerCertificates, x509.ExtKeyUsageServerAuth, e.cfg.Clock.Wall())
 			if err != nil {
 				return err
 			}
@@ -266,6 +267,11 @@ func (e *Endpoint) serveJoin(c net.Conn, conn *tls.Conn) {
 // the cluster's authority. The server must show a chain that ends in the
 // authority with the fingerprint; before it has, it is told nothing.
 func Join(ctx context.Context, addr string, authority [32]byte, req []byte) ([]byte, *identity.Trust, error) {
+	return JoinAt(ctx, clock.Real, addr, authority, req)
+}
+
+// JoinAt is Join by another clock than the machine's.
+func JoinAt(ctx context.Context, clk clock.Clock, addr string, authority [32]byte, req []byte) ([]byte, *identity.Trust, error) {
 	ctx, cancel := context.WithTimeout(ctx, joinLimit)
 	defer cancel()
 	fail := func(err error) ([]byte, *identity.Trust, error) {
@@ -291,7 +297,7 @@ func Join(ctx context.Context, addr string, authority [32]byte, req []byte) ([]b
 		NextProtos:         []string{alpnJoin},
 		InsecureSkipVerify: true, // VerifyConnection checks
 		VerifyConnection: func(cs tls.ConnectionState) (err error) {
-			trust, err = identity.VerifyJoin(cs.PeerCertificates, authority, time.Now())
+			trust, err = identity.VerifyJoin(cs.PeerCertificates, authority, clk.Wall())
 			return err
 		},
 	})
