@@ -113,7 +113,7 @@ func (s *starting) load() (node.Config, error) {
 		}
 	}
 	c := node.Config{Without: lost, Role: s.role, Dir: l.Dir, Mount: l.Mount, Addr: l.Addr, Share: l.Share, Metrics: l.Metrics, Labels: l.Labels,
-		Settings: l.Values(), Socket: control.Path(), Log: logger(l.Settings)}
+		Settings: l.Values(), Socket: control.Path(), Log: logger(l.Settings), ClockFile: os.Getenv("UNUM_CLOCK_FILE")}
 	if c.Hostname, err = os.Hostname(); err != nil {
 		return c, err
 	}
@@ -328,6 +328,7 @@ TOKEN may be -, then it is read from standard input.
 // joining is a verb that makes this machine a member and starts it.
 func joining(role func() record.Role) *cobra.Command {
 	var s starting
+	var repair bool
 	cmd := &cobra.Command{
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -337,6 +338,7 @@ func joining(role func() record.Role) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			c.Repair = repair
 			token := args[1]
 			if token == "-" {
 				b, err := io.ReadAll(io.LimitReader(os.Stdin, maxTokenInput))
@@ -360,6 +362,7 @@ func joining(role func() record.Role) *cobra.Command {
 		},
 	}
 	nodeFlags(cmd, &s)
+	cmd.Flags().BoolVar(&repair, "repair", false, "set a damaged node that is here aside first; its blocks are kept")
 	return cmd
 }
 

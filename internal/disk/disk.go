@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -82,6 +83,15 @@ func SyncData(f File) error {
 			return err
 		}
 	}
+}
+
+// Chmod sets the mode of a directory that MkdirAll may have found or the umask
+// has changed. It is for other programs' eyes: disks in memory have none.
+func Chmod(d FS, path string, mode fs.FileMode) error {
+	if _, ok := vfs.Root(d).(real); ok {
+		return os.Chmod(path, mode)
+	}
+	return nil
 }
 
 // SyncDir makes the names in dir durable.

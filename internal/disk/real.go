@@ -73,6 +73,12 @@ func (real) Lock(path string) (io.Closer, error) {
 		}
 		return nil, errors.Join(err, f.Close())
 	}
+	// Who held it may have removed it since it was opened: then this locks nothing.
+	if mine, err := f.Stat(); err != nil {
+		return nil, errors.Join(err, f.Close())
+	} else if there, err := os.Stat(path); err != nil || !os.SameFile(mine, there) {
+		return nil, errors.Join(busy(path, ""), f.Close())
+	}
 	// Only a message needs it: a full disk must not keep a node from starting.
 	if err := f.Truncate(0); err == nil {
 		_, _ = f.WriteString(strconv.Itoa(os.Getpid()) + "\n")

@@ -3,20 +3,26 @@ package identity
 import (
 	"errors"
 	"io"
-	"os"
 	"path/filepath"
+	"sync"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 )
 
 // maxFile bounds a PEM file: a certificate and a key take less than 2 KiB.
 const maxFile = 64 << 10
 
+var saving sync.Mutex // over drafts, which are few and small
+
 // Save writes data to path, readable by the owner only: after a crash the file
-// is the old or the new one, and after success it is on the disk.
-func Save(path string, data []byte) error {
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, ".new-*") // mode 0600
+// is the old or the new one, and after success it is on the disk. It uses the name
+// with .new beside it. Concurrent calls wait for each other.
+func Save(d disk.FS, path string, data []byte) error {
+	saving.Lock()
+	defer saving.Unlock()
+	draft := path + ".new"
+	f, err := disk.Create(d, draft)
 	if err != nil {
 		return errs.Wrap(err, "save", path)
 	}
@@ -26,22 +32,18 @@ func Save(path string, data []byte) error {
 	}
 	err = errors.Join(err, f.Close())
 	if err == nil {
-		err = os.Rename(f.Name(), path)
+		err = d.Rename(draft, path)
 	}
 	if err != nil {
-		return errs.Wrap(errors.Join(err, os.Remove(f.Name())), "save", path)
+		return errs.Wrap(errors.Join(err, d.Remove(draft)), "save", path)
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return errs.Wrap(err, "save", path)
-	}
-	return errs.Wrap(errors.Join(d.Sync(), d.Close()), "save", path)
+	return errs.Wrap(disk.SyncDir(d, filepath.Dir(path)), "save", path)
 }
 
 // Load reads what Save wrote. A file that others can read is refused with class
 // Permission.
-func Load(path string) ([]byte, error) {
-	f, err := os.Open(path)
+func Load(d disk.FS, path string) ([]byte, error) {
+	f, err := d.Open(path)
 	if err != nil {
 		return nil, errs.Wrap(err, "load", path)
 	}

@@ -8,9 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 )
@@ -238,10 +240,10 @@ func FuzzRequestKey(f *testing.F) {
 func TestSaveLoad(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "node.key")
 	for _, want := range []string{"one", "two"} {
-		if err := Save(path, []byte(want)); err != nil {
+		if err := Save(disk.Real, path, []byte(want)); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := Load(path); err != nil || !bytes.Equal(got, []byte(want)) {
+		if got, err := Load(disk.Real, path); err != nil || !bytes.Equal(got, []byte(want)) {
 			t.Fatalf("%q %v", got, err)
 		}
 	}
@@ -251,13 +253,54 @@ func TestSaveLoad(t *testing.T) {
 	if err := os.Chmod(path, 0o640); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Load(path); !errs.Has(err, errs.Permission) {
+	if _, err := Load(disk.Real, path); !errs.Has(err, errs.Permission) {
 		t.Fatalf("readable by others: %v", err)
 	}
-	if _, err := Load(path + "x"); !errs.Has(err, errs.NotFound) {
+	if _, err := Load(disk.Real, path+"x"); !errs.Has(err, errs.NotFound) {
 		t.Fatalf("missing: %v", err)
 	}
-	if err := Save(filepath.Join(path, "x"), nil); err == nil {
+	if err := Save(disk.Real, filepath.Join(path, "x"), nil); err == nil {
 		t.Fatal("saved below a file")
+	}
+}
+
+// Wherever saving is cut off or fails, the file is the old or the new one, and
+// the new one if that was acknowledged.
+func TestSaveIsAllOrNothing(t *testing.T) {
+	old, young := bytes.Repeat([]byte("a"), 3000), bytes.Repeat([]byte("b"), 2000)
+	for k := int64(1); ; k++ {
+		for seed := range uint64(8) {
+			for _, fail := range []error{nil, syscall.EIO, syscall.ENOSPC} {
+				m := disk.NewMem()
+				if err := Save(m, "/f", old); err != nil {
+					t.Fatal(err)
+				}
+				var after *disk.Mem
+				w := disk.NewFailing(m, disk.Fault{At: k, Err: fail, Do: func() { after = m.Crash(seed) }})
+				err := Save(w, "/f", young)
+				if w.Fired() == "" {
+					if k < 5 {
+						t.Fatalf("only %d changes", k)
+					}
+					return
+				}
+				if fail != nil && errs.ClassOf(err) != errs.ClassOf(fail) {
+					t.Fatalf("%s: %v", w.Fired(), err)
+				}
+				if fail != nil { // the machine went on
+					after = m.Crash(seed)
+				}
+				got, lerr := Load(after, "/f")
+				if lerr != nil || !bytes.Equal(got, old) && !bytes.Equal(got, young) {
+					t.Fatalf("%s, seed %d, %v: %d bytes, %v", w.Fired(), seed, fail, len(got), lerr)
+				}
+				if err := Save(after, "/f", young); err != nil {
+					t.Fatal(err)
+				}
+				if got, err := Load(after.Crash(seed), "/f"); err != nil || !bytes.Equal(got, young) {
+					t.Fatalf("%s: said again: %d bytes, %v", w.Fired(), len(got), err)
+				}
+			}
+		}
 	}
 }

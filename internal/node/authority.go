@@ -3,10 +3,11 @@ package node
 import (
 	"context"
 	"errors"
-	"os"
+	"io/fs"
 	"slices"
 	"time"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
@@ -34,8 +35,8 @@ const keepKeyFor = time.Minute
 // authority returns the cluster's authority, with which certificates are signed.
 // Class Unavailable: this node does not hold it.
 func (n *Node) authority() (*identity.CA, error) {
-	key, err := identity.Load(n.cfg.path(fileCAKey))
-	if errors.Is(err, os.ErrNotExist) {
+	key, err := identity.Load(n.cfg.FS, n.cfg.path(fileCAKey))
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, errs.E(errs.Unavailable, "sign", n.id.String(), "this node does not hold the cluster's authority: ask a voter")
 	}
 	if err != nil {
@@ -49,7 +50,7 @@ func (n *Node) keep(key []byte) error {
 	if _, err := identity.ParseCA(n.holder.Trust().CertPEM(), key); err != nil {
 		return err
 	}
-	return identity.Save(n.cfg.path(fileCAKey), key)
+	return identity.Save(n.cfg.FS, n.cfg.path(fileCAKey), key)
 }
 
 // entrust gives the authority's key to a node that is to vote.
@@ -102,11 +103,18 @@ func (n *Node) guard(ctx context.Context, g *guardian) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	st := n.rec.Status()
-	_, err := os.Lstat(n.cfg.path(fileCAKey))
-	has := err == nil
+	has, err := n.cfg.has(fileCAKey)
+	if err != nil {
+		n.cfg.Log.Warn("the authority's key cannot be looked at", "err", err)
+		return
+	}
 	if !slices.Contains(st.Voters, n.id) {
 		if has && !n.disk.Founding && time.Since(g.since) > keepKeyFor {
-			if err := os.Remove(n.cfg.path(fileCAKey)); err != nil {
+			err := n.cfg.FS.Remove(n.cfg.path(fileCAKey))
+			if err == nil {
+				err = disk.SyncDir(n.cfg.FS, n.cfg.path(dirIdentity))
+			}
+			if err != nil {
 				n.cfg.Log.Warn("the authority's key is not removed yet", "err", err)
 			}
 		}

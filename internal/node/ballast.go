@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/cockroachdb/pebble/v2/vfs"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 )
 
@@ -19,6 +20,7 @@ import (
 // New data is refused long before (see space), so that only changes of metadata
 // use it. When there is room again it is filled again.
 type ballast struct {
+	fs   disk.FS
 	path string
 	size int64 // wanted, bytes
 	log  *slog.Logger
@@ -39,15 +41,14 @@ const (
 	ballastTick = 5 * time.Second
 )
 
-// openBallast makes the ballast in dir, as large as there is room for. Without
-// one a node can do all its work: a failure is said, and it is tried again.
-func openBallast(dir, path string, log *slog.Logger) *ballast {
-	b := &ballast{path: path, log: log, size: ballastSize}
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err == nil { // else fill has its say
-		b.size = min(b.size, int64(fs.Blocks)*int64(fs.Bsize)/ballastPieces)
+// openBallast makes the ballast, as large as there is room for. Without one a
+// node can do all its work: a failure is said, and it is tried again.
+func openBallast(fs disk.FS, path string, log *slog.Logger) *ballast {
+	b := &ballast{fs: fs, path: path, log: log, size: ballastSize}
+	if u, err := fs.GetDiskUsage(filepath.Dir(path)); err == nil { // else fill has its say
+		b.size = min(b.size, int64(min(u.TotalBytes, 1<<62))/ballastPieces)
 	}
-	if st, err := os.Stat(path); err == nil {
+	if st, err := fs.Stat(path); err == nil {
 		b.have = min(st.Size(), b.size)
 	}
 	b.refill()
@@ -62,7 +63,11 @@ func (b *ballast) give() {
 		return
 	}
 	b.have = max(b.have-b.size/ballastPieces, 0)
-	if err := os.Truncate(b.path, b.have); err != nil {
+	f, err := disk.OpenReadWrite(b.fs, b.path)
+	if err == nil {
+		err = errors.Join(disk.Truncate(f, b.have), f.Close())
+	}
+	if err != nil {
 		b.log.Error("the reserve for logs is not given up", "path", b.path, "err", err)
 		return
 	}
@@ -76,28 +81,25 @@ func (b *ballast) fill() error {
 	if b.have == b.size {
 		return nil
 	}
-	f, err := os.OpenFile(b.path, os.O_CREATE|os.O_WRONLY, 0o600)
+	u, err := b.fs.GetDiskUsage(filepath.Dir(b.path))
+	if err != nil || int64(min(u.AvailBytes, 1<<62)) < 4*b.size {
+		return errs.Wrap(err, "look at the disk of", b.path)
+	}
+	f, err := b.fs.OpenReadWrite(b.path, vfs.WriteCategoryUnspecified)
 	if err != nil {
-		if errors.Is(err, unix.ENOSPC) {
+		if errs.Has(err, errs.NoSpace) {
 			return nil
 		}
 		return errs.Wrap(err, "keep a reserve for logs", b.path)
 	}
 	defer f.Close() // nothing is written to it
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil || int64(fs.Bavail)*int64(fs.Bsize) < 4*b.size {
-		return errs.Wrap(err, "look at the disk of", b.path)
-	}
-	err = unix.EINTR
-	for err == unix.EINTR {
-		err = unix.Fallocate(int(f.Fd()), 0, 0, b.size)
-	}
+	err = disk.Allocate(f, 0, b.size)
 	switch {
 	case err == nil:
 		b.have = b.size
-	case errors.Is(err, unix.ENOTSUP), errors.Is(err, unix.ENOSPC): // no file system for it, or others were quicker
+	case errs.Has(err, errs.NotSupported), errs.Has(err, errs.NoSpace): // no file system for it, or others were quicker
 		b.have = 0
-		return errs.Wrap(f.Truncate(0), "keep a reserve for logs", b.path)
+		return errs.Wrap(disk.Truncate(f, 0), "keep a reserve for logs", b.path)
 	default:
 		return errs.Wrap(err, "keep a reserve for logs", b.path)
 	}

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
@@ -204,7 +205,7 @@ func TestClientNode(t *testing.T) {
 	}
 	// Its certificate ends while it is off: its key opens the door.
 	stop()
-	b, err := identity.Load(cfg1.path(fileCAKey))
+	b, err := identity.Load(disk.Real, cfg1.path(fileCAKey))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,13 +214,13 @@ func TestClientNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	age(t, cfg, ca, c.id, identity.RoleClient, time.Now().Add(-2*identity.NodeValidity))
-	was, err := identity.Load(cfg.path(fileCert))
+	was, err := identity.Load(disk.Real, cfg.path(fileCert))
 	if err != nil {
 		t.Fatal(err)
 	}
 	c, _ = start(t, cfg)
 	await(t, "the certificate is a new one", func() bool {
-		now, err := identity.Load(cfg.path(fileCert))
+		now, err := identity.Load(disk.Real, cfg.path(fileCert))
 		return err == nil && !bytes.Equal(was, now)
 	})
 	settled(t, c, 2)

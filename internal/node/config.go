@@ -1,19 +1,20 @@
 package node
 
 import (
-	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
+	"github.com/unum-os/unum/internal/clock"
 	settings "github.com/unum-os/unum/internal/config"
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
-	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/rpc"
@@ -37,21 +38,43 @@ type Config struct {
 	Metrics  string            // host:port for Prometheus; empty: none
 	Settings []settings.Value  // what it was started with, to be shown
 	Log      *slog.Logger
+
+	// Repair makes Join set a damaged node in Dir aside first.
+	Repair bool
+	// FS is the disk on which Dir lies, all of it but the output of jobs; nil: the
+	// machine's.
+	FS disk.FS
+	// Clock gives the time of day by which certificates and tokens end and jobs
+	// begin; nil: the machine's, or what ClockFile says.
+	Clock clock.Clock
+	// ClockFile, for a lab, holds the offsets of this process's clocks; see
+	// clock.ParseShift. It may come and change while the node runs. Empty: none.
+	ClockFile string
+
+	shift *clock.Shifted // the Clock that follows ClockFile
+	tick  time.Duration  // of the groups; tests are faster
 }
 
-// disk is what a node remembers of itself; it is written last when a node is
-// made, so that it exists only if everything else does.
-type disk struct {
-	Version  int               `json:"version"`
-	Cluster  string            `json:"cluster"`
-	Node     ids.Node          `json:"node"`
-	Role     record.Role       `json:"role"`
-	Addr     string            `json:"addr"`
-	Founding bool              `json:"founding,omitempty"` // the record has yet to be written
-	Peers    map[string]string `json:"peers,omitempty"`    // node -> address, as last known
+// ready fills in what is not set.
+func (c *Config) ready() error {
+	if c.FS == nil {
+		c.FS = disk.Real
+	}
+	if c.Clock != nil {
+		return nil
+	}
+	c.Clock = clock.Real
+	if c.ClockFile == "" {
+		return nil
+	}
+	c.shift = &clock.Shifted{}
+	c.Clock = c.shift
+	err := c.shift.Load(c.ClockFile)
+	if errors.Is(err, fs.ErrNotExist) { // it may come later
+		err = nil
+	}
+	return err
 }
-
-const diskVersion = 2
 
 // Formats are the versions of what this program keeps and speaks. A data
 // directory of another version is refused; nodes that speak another protocol do
@@ -62,124 +85,124 @@ type Formats struct {
 }
 
 // FormatVersions returns them.
-func FormatVersions() Formats { return Formats{diskVersion, rpc.Protocols()} }
+func FormatVersions() Formats { return Formats{fileVersion, rpc.Protocols()} }
 
 func (c *Config) path(parts ...string) string {
 	return filepath.Join(append([]string{c.Dir}, parts...)...)
 }
 
-// The files of a node's identity.
+// The files of a node, below its directory.
 const (
 	fileNode   = "node.json"
+	fileLock   = "lock" // held by whoever works on the directory
 	fileCA     = "identity/ca.pem"
 	fileCAKey  = "identity/ca.key" // the authority's, on voters that store
 	fileCert   = "identity/node.pem"
 	fileKey    = "identity/node.key"
 	fileCSR    = "identity/node.csr"
 	fileVolume = "identity/volume.key"
+
+	dirIdentity = "identity"
+	dirGroups   = "groups"
+	dirBlocks   = "blocks"
+	dirKept     = "blocks.kept" // of a node that was set aside, for the next one here
 )
 
 // Exists reports whether dir holds a node. What cannot be looked at is an error:
 // that there is none must be certain before one is made in its place.
-func Exists(dir string) (bool, error) { return there(filepath.Join(dir, fileNode)) }
-
-func there(path string) (bool, error) {
-	_, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	return err == nil, errs.Wrap(err, "look for a node", path)
+func Exists(dir string) (bool, error) {
+	c := Config{Dir: dir, FS: disk.Real}
+	return c.has(fileNode)
 }
 
-func (c *Config) loadDisk() (disk, error) {
-	var d disk
-	b, err := identity.Load(c.path(fileNode))
-	if err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			return d, errs.E(errs.NotFound, "start", c.Dir, "there is no node here").WithRemedy("unum up, or unum join ADDR TOKEN")
-		}
-		return d, errs.Wrap(err, "start", c.Dir)
-	}
-	if err := json.Unmarshal(b, &d); err != nil {
-		return d, errs.E(errs.Corrupt, "start", c.path(fileNode), "%v", err)
-	}
-	if d.Version != diskVersion {
-		return d, errs.E(errs.NotSupported, "start", c.path(fileNode), "written by another version of unum: format %d, this one reads %d", d.Version, diskVersion)
-	}
-	if d.Node == 0 || d.Cluster == "" || d.Role < record.RoleStore || d.Role > record.RoleWitness {
-		return d, errs.E(errs.Corrupt, "start", c.path(fileNode), "it names no node")
-	}
-	return d, nil
+func (c *Config) has(name string) (bool, error) {
+	is, err := disk.Exists(c.FS, c.path(name))
+	return is, errs.Wrap(err, "look for a node", c.path(name))
 }
 
 // RoleIn returns what the node in cfg.Dir is for; class NotFound if there is none.
 func RoleIn(cfg Config) (record.Role, error) {
-	d, err := cfg.loadDisk()
+	if err := cfg.ready(); err != nil {
+		return 0, err
+	}
+	d, err := cfg.loadFile()
 	return d.Role, err
 }
 
-func (c *Config) saveDisk(d disk) error {
-	d.Version = diskVersion
-	b, err := json.MarshalIndent(d, "", "  ")
-	if err != nil {
-		return err
+// lock takes the directory, which must exist, for this process alone.
+func (c *Config) lock() (io.Closer, error) {
+	l, err := disk.Lock(c.FS, c.path(fileLock))
+	if errs.Has(err, errs.Busy) {
+		return nil, &errs.Error{Op: "use the data directory", Subject: c.Dir, Class: errs.Busy, Err: err,
+			Remedy: "stop that process, or give this node a directory of its own with --dir"}
 	}
-	return identity.Save(c.path(fileNode), append(b, '\n'))
+	return l, errs.Wrap(err, "use the data directory", c.Dir)
 }
 
-// prepare makes the data directory and removes what an unfinished attempt to
-// make a node left in it. Only a node that was finished and started has blocks:
-// where they are, all stays as it is.
-func (c *Config) prepare() error {
-	if was, err := there(c.path("blocks")); err != nil {
+// prepare makes the data directory, takes it for this process, and removes what
+// an unfinished attempt to make a node left in it. Only a node that was finished
+// and started has blocks: where they are, all stays as it is. The caller lets go
+// of the directory.
+func (c *Config) prepare() (io.Closer, error) {
+	const op = "make the data directory"
+	if err := c.FS.MkdirAll(c.Dir, 0o711); err != nil { // programs reach their job's output below
+		return nil, errs.Wrap(err, op, c.Dir)
+	}
+	if err := disk.Chmod(c.FS, c.Dir, 0o711); err != nil {
+		return nil, errs.Wrap(err, op, c.Dir)
+	}
+	l, err := c.lock()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.clear(); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+func (c *Config) clear() error {
+	if was, err := c.has(fileNode); err != nil {
+		return err
+	} else if was { // made by another process, just now
+		return errs.E(errs.Exists, "make a node", c.Dir, "there is a node already").WithRemedy("unum up")
+	}
+	if was, err := c.has(dirBlocks); err != nil {
 		return err
 	} else if was {
 		return errs.E(errs.Corrupt, "make a node", c.Dir, "there are blocks of a node, but no %s", fileNode).
-			WithRemedy("bring %s back; if nothing that this node kept is needed, remove the directory", c.path(fileNode))
+			WithRemedy("bring %s back, or, if it is lost: %s", c.path(fileNode), remedyRepair)
 	}
-	var above []string // directories that get an entry
-	for d := filepath.Clean(c.Dir); ; d = above[len(above)-1] {
-		was, err := there(d)
+	if err := c.FS.MkdirAll(c.path(dirIdentity), 0o700); err != nil {
+		return errs.Wrap(err, "make the data directory", c.Dir)
+	}
+	// An earlier attempt may have made the directory and those above without living
+	// to sync them. Where none of ours can be, there is nothing to sync.
+	for d := filepath.Clean(c.Dir); ; d = filepath.Dir(d) {
+		err := disk.SyncDir(c.FS, d)
+		if d != filepath.Clean(c.Dir) && (errs.Has(err, errs.Permission) || errs.Has(err, errs.Invalid)) {
+			err = nil
+		}
 		if err != nil {
-			return err
-		}
-		if was && len(above) > 0 {
-			break
-		}
-		above = append(above, filepath.Dir(d))
-	}
-	if err := os.MkdirAll(c.path("identity"), 0o700); err != nil {
-		return errs.Wrap(err, "make the data directory", c.Dir)
-	}
-	if err := os.Chmod(c.Dir, 0o711); err != nil { // programs reach their job's output below
-		return errs.Wrap(err, "make the data directory", c.Dir)
-	}
-	for _, d := range above {
-		if err := syncDir(d); err != nil {
 			return errs.Wrap(err, "make the data directory", d)
 		}
+		if d == filepath.Dir(d) {
+			break
+		}
 	}
-	return errs.Wrap(os.RemoveAll(c.path("groups")), "clear an unfinished node", c.path("groups"))
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return errs.Wrap(c.FS.RemoveAll(c.path(dirGroups)), "clear an unfinished node", c.path(dirGroups))
 }
 
 // withdraw removes what prepare and a refused Join left in the data directory,
 // and the directory itself if dir is set and nothing else is in it.
 func (c *Config) withdraw(dir bool) error {
-	gone := []string{c.path(fileKey), c.path(fileCSR), c.path("identity")}
+	gone := []string{c.path(fileKey), c.path(fileCSR), c.path(dirIdentity), c.path(fileLock)}
 	if dir {
 		gone = append(gone, c.Dir)
 	}
 	var failed error
 	for _, p := range gone {
-		if err := os.Remove(p); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
+		if err := c.FS.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
 			failed = errors.Join(failed, err)
 		}
 	}

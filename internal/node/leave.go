@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/record"
@@ -145,8 +145,8 @@ func (n *Node) farewell(ctx context.Context) error {
 // nodes: leaving has waited for that.
 func (c *Config) forget() error {
 	var failed error
-	for _, p := range []string{fileNode, "identity", "groups", "blocks", fileBallast} { // node.json first: without it there is no node
-		failed = errors.Join(failed, os.RemoveAll(c.path(p)))
+	for _, p := range []string{fileNode, dirBlocks, dirIdentity, dirGroups, fileBallast} { // node.json first: without it there is no node
+		failed = errors.Join(failed, c.FS.RemoveAll(c.path(p)), disk.SyncDir(c.FS, c.Dir))
 	}
 	return errs.Wrap(failed, "forget the node", c.Dir)
 }

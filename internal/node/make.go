@@ -7,10 +7,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"net"
-	"os"
 	"slices"
-	"time"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
 	"github.com/unum-os/unum/internal/identity"
@@ -22,25 +21,36 @@ import (
 
 // Found makes this machine the first node of a new cluster. Until it returns nil
 // there is no node in cfg.Dir, and it can be called again.
-func Found(cfg Config) error {
-	if was, err := Exists(cfg.Dir); err != nil {
+func Found(cfg Config) (err error) {
+	if err := cfg.ready(); err != nil {
+		return err
+	}
+	if was, err := cfg.has(fileNode); err != nil {
 		return err
 	} else if was {
 		return errs.E(errs.Exists, "found a cluster", cfg.Dir, "there is a node already")
+	}
+	if kept, err := cfg.has(dirKept); err != nil {
+		return err
+	} else if kept {
+		return errs.E(errs.Exists, "found a cluster", cfg.path(dirKept), "these are the blocks of a node of a cluster that is there still").
+			WithRemedy("unum join ADDR TOKEN, or move them away")
 	}
 	addr, err := address(cfg.Addr, "")
 	if err != nil {
 		return err
 	}
-	if err := cfg.prepare(); err != nil {
+	lock, err := cfg.prepare()
+	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
 	var id [16]byte
 	var key [32]byte
 	rand.Read(id[:])
 	rand.Read(key[:])
 	cluster := hex.EncodeToString(id[:])
-	ca, err := identity.NewCA(cluster)
+	ca, err := identity.NewCAAt(cluster, cfg.Clock.Wall())
 	if err != nil {
 		return err
 	}
@@ -48,19 +58,19 @@ func Found(cfg Config) error {
 	if err != nil {
 		return err
 	}
-	cert, err := ca.Sign(csr, 1, identity.RoleStore, time.Now())
+	cert, err := ca.Sign(csr, 1, identity.RoleStore, cfg.Clock.Wall())
 	if err != nil {
 		return err
 	}
 	for _, f := range []struct {
 		name string
 		data []byte
-	}{{fileCA, ca.CertPEM()}, {fileCAKey, ca.KeyPEM()}, {fileKey, nodeKey}, {fileCSR, csr}, {fileCert, cert}, {fileVolume, key[:]}} {
-		if err := identity.Save(cfg.path(f.name), f.data); err != nil {
+	}{{fileCA, ca.CertPEM()}, {fileCAKey, ca.KeyPEM()}, {fileKey, nodeKey}, {fileCSR, csr}, {fileCert, cert}, {fileVolume, encodeKey(key)}} {
+		if err := identity.Save(cfg.FS, cfg.path(f.name), f.data); err != nil {
 			return err
 		}
 	}
-	host, err := group.New(group.Config{Self: 1, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
+	host, err := group.New(group.Config{Self: 1, Dir: cfg.path(dirGroups), Transport: noTransport{}, Log: cfg.Log, FS: cfg.FS})
 	if err != nil {
 		return err
 	}
@@ -73,7 +83,7 @@ func Found(cfg Config) error {
 	if err := host.Close(); err != nil {
 		return err
 	}
-	return cfg.saveDisk(disk{Cluster: cluster, Node: 1, Role: record.RoleStore, Addr: addr, Founding: true})
+	return cfg.saveFile(nodeFile{Cluster: cluster, Node: 1, Role: record.RoleStore, Addr: addr, Founding: true})
 }
 
 // joinRequest is what a machine that wants to become a node says; or, with Renew,
@@ -106,10 +116,22 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 	if err != nil {
 		return err
 	}
-	if was, err := Exists(cfg.Dir); err != nil {
+	if err := cfg.ready(); err != nil {
+		return err
+	}
+	there, err := disk.Exists(cfg.FS, cfg.Dir)
+	if err != nil {
+		return errs.Wrap(err, "join", cfg.Dir)
+	}
+	if cfg.Repair && there {
+		if err := cfg.replace(tok.Authority); err != nil {
+			return err
+		}
+	}
+	if was, err := cfg.has(fileNode); err != nil {
 		return err
 	} else if was {
-		ca, err := identity.Load(cfg.path(fileCA))
+		ca, err := identity.Load(cfg.FS, cfg.path(fileCA))
 		if err != nil {
 			return errs.Wrap(err, "join", cfg.Dir)
 		}
@@ -126,32 +148,33 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 	if err != nil {
 		return err
 	}
-	_, missing := os.Stat(cfg.Dir)
-	if err := cfg.prepare(); err != nil {
+	lock, err := cfg.prepare()
+	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
 	// The key is kept before the token is spent: asked again with the same key,
 	// the cluster gives the same node.
-	key, kerr := identity.Load(cfg.path(fileKey))
-	csr, cerr := identity.Load(cfg.path(fileCSR))
+	key, kerr := identity.Load(cfg.FS, cfg.path(fileKey))
+	csr, cerr := identity.Load(cfg.FS, cfg.path(fileCSR))
 	if kerr != nil || cerr != nil {
 		defer func() {
 			if errs.Has(err, errs.Unauthorized) {
-				err = errors.Join(err, cfg.withdraw(missing != nil))
+				err = errors.Join(err, cfg.withdraw(!there))
 			}
 		}()
 		if key, csr, err = identity.NewRequest(); err != nil {
 			return err
 		}
-		if err := identity.Save(cfg.path(fileKey), key); err != nil {
+		if err := identity.Save(cfg.FS, cfg.path(fileKey), key); err != nil {
 			return err
 		}
-		if err := identity.Save(cfg.path(fileCSR), csr); err != nil {
+		if err := identity.Save(cfg.FS, cfg.path(fileCSR), csr); err != nil {
 			return err
 		}
 	}
 	q := joinRequest{Secret: tok.Secret, CSR: csr, Hostname: cfg.Hostname, Addr: self, Role: cfg.Role, Labels: cfg.Labels}
-	b, trust, err := rpc.Join(ctx, to, tok.Authority, wire.MustMarshal(q))
+	b, trust, err := rpc.JoinAt(ctx, cfg.Clock, to, tok.Authority, wire.MustMarshal(q))
 	if errs.Has(err, errs.Unauthorized) {
 		return &errs.Error{Op: "join", Subject: addr, Class: errs.Unauthorized, Err: err, Remedy: "unum token on a machine of that cluster, for a new one"}
 	}
@@ -171,10 +194,14 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 	}
 	files := []file{{fileCA, trust.CertPEM()}, {fileCert, r.Cert}}
 	if r.Role == record.RoleStore {
-		files = append(files, file{fileVolume, r.VolumeKey})
+		key, err := decodeKey(r.VolumeKey)
+		if err != nil {
+			return errs.Wrap(err, "join", addr)
+		}
+		files = append(files, file{fileVolume, encodeKey(key)})
 	}
 	for _, f := range files {
-		if err := identity.Save(cfg.path(f.name), f.data); err != nil {
+		if err := identity.Save(cfg.FS, cfg.path(f.name), f.data); err != nil {
 			return err
 		}
 	}
@@ -183,16 +210,16 @@ func Join(ctx context.Context, cfg Config, addr, token string) (err error) {
 			return err
 		}
 	}
-	d := disk{Cluster: trust.Cluster(), Node: r.Node, Role: r.Role, Addr: self, Peers: map[string]string{}}
+	d := nodeFile{Cluster: trust.Cluster(), Node: r.Node, Role: r.Role, Addr: self, Peers: map[string]string{}}
 	for n, a := range r.Peers {
 		d.Peers[n.String()] = a
 	}
-	return cfg.saveDisk(d)
+	return cfg.saveFile(d)
 }
 
 // joinGroups makes the empty replicas of a node that is to have some.
 func joinGroups(cfg Config, self ids.Node, witness bool) error {
-	host, err := group.New(group.Config{Self: self, Witness: witness, Dir: cfg.path("groups"), Transport: noTransport{}, Log: cfg.Log})
+	host, err := group.New(group.Config{Self: self, Witness: witness, Dir: cfg.path(dirGroups), Transport: noTransport{}, Log: cfg.Log, FS: cfg.FS})
 	if err != nil {
 		return err
 	}
@@ -207,7 +234,7 @@ func joinGroups(cfg Config, self ids.Node, witness bool) error {
 
 // finishFounding writes the cluster's record, once this node leads its group.
 func (n *Node) finishFounding(ctx context.Context) error {
-	csr, err := identity.Load(n.cfg.path(fileCSR))
+	csr, err := identity.Load(n.cfg.FS, n.cfg.path(fileCSR))
 	if err != nil {
 		return err
 	}
@@ -220,13 +247,13 @@ func (n *Node) finishFounding(ctx context.Context) error {
 		return errs.E(errs.Corrupt, "found", n.cfg.path(fileNode), "cluster id %q", n.disk.Cluster)
 	}
 	init := record.Init{Name: "unum", CACert: n.holder.Trust().CertPEM(), VolumeKey: n.volumeKey,
-		Hostname: n.cfg.Hostname, Addr: n.disk.Addr, Key: sha256.Sum256(pub), Now: time.Now().UnixNano()}
+		Hostname: n.cfg.Hostname, Addr: n.disk.Addr, Key: sha256.Sum256(pub), Now: n.cfg.Clock.Wall().UnixNano()}
 	copy(init.ClusterID[:], id)
 	if _, err := n.record.do(ctx, record.Command{Init: &init}); err != nil && !errs.Has(err, errs.Exists) {
 		return err
 	}
 	n.disk.Founding = false
-	return n.cfg.saveDisk(n.disk)
+	return n.cfg.saveFile(n.disk)
 }
 
 // serveDoor answers machines that have no certificate, or none that holds: by
@@ -290,7 +317,7 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 		return nil, errs.E(errs.Unauthorized, "", "", "the token is not one of this cluster")
 	}
 	r, err := n.record.do(ctx, record.Command{AddMember: &record.AddMember{Token: token, Key: key,
-		Hostname: q.Hostname, Addr: q.Addr, Role: q.Role, Labels: q.Labels, Now: time.Now().UnixNano()}})
+		Hostname: q.Hostname, Addr: q.Addr, Role: q.Role, Labels: q.Labels, Now: n.cfg.Clock.Wall().UnixNano()}})
 	if err != nil {
 		return nil, err
 	}
@@ -304,6 +331,11 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 	reply := &joinReply{Node: r.Node, Peers: map[ids.Node]string{}}
 	for _, m := range ms {
 		switch {
+		case m.ID == r.Node && m.State != record.Joining:
+			// Who asks again has lost the answer, or all it had. A member has promised
+			// to keep its groups' logs: with an empty disk it must not be that member.
+			return nil, errs.E(errs.Exists, "join", q.Hostname, "this machine's key is that of %v, which is a member", r.Node).
+				WithRemedy("remove %s from its data directory there, and join with a new token", dirIdentity)
 		case m.ID == r.Node:
 			reply.Role = m.Role
 		case m.State.Belongs() && m.Role == record.RoleStore:
@@ -313,7 +345,7 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 	if reply.Role == record.RoleStore {
 		reply.VolumeKey = info.VolumeKey[:]
 	}
-	reply.Cert, err = ca.Sign(q.CSR, r.Node, identity.Role(reply.Role.String()), time.Now())
+	reply.Cert, err = ca.Sign(q.CSR, r.Node, identity.Role(reply.Role.String()), n.cfg.Clock.Wall())
 	return reply, err
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -53,7 +54,8 @@ const (
 type Node struct {
 	cfg     Config
 	id      ids.Node
-	disk    disk
+	disk    nodeFile
+	lock    io.Closer // of the data directory
 	holder  *identity.Holder
 	ballast *ballast
 	grace   time.Duration // see the constant; tests shorten it
@@ -110,21 +112,11 @@ func (t transport) Dial(ctx context.Context, to ids.Node, service string) (net.C
 // Open reads the node in cfg.Dir and makes its parts; Run starts them. Errors
 // are sentences for whoever typed the command.
 func Open(cfg Config) (n *Node, err error) {
+	if err := cfg.ready(); err != nil {
+		return nil, err
+	}
 	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now(), grace: grace, stir: make(chan struct{}, 1)}
 	n.known.Store(&map[ids.Node]record.Member{})
-	if n.disk, err = cfg.loadDisk(); err != nil {
-		return nil, err
-	}
-	if cfg.Addr != "" { // it may have moved
-		if n.disk.Addr, err = address(cfg.Addr, ""); err != nil {
-			return nil, err
-		}
-	}
-	n.id = n.disk.Node
-	if err := n.loadIdentity(); err != nil {
-		return nil, err
-	}
-	n.cfg.Log = cfg.Log.With("node", n.id.String())
 	var undo []func() error
 	defer func() {
 		if err != nil {
@@ -133,18 +125,43 @@ func Open(cfg Config) (n *Node, err error) {
 			}
 		}
 	}()
+	if is, err := cfg.has(fileNode); err != nil {
+		return nil, err
+	} else if is { // else there is nothing to lock, and loadFile says so
+		if n.lock, err = cfg.lock(); err != nil {
+			return nil, err
+		}
+		undo = append(undo, n.lock.Close)
+	}
+	if n.disk, err = cfg.loadFile(); err != nil {
+		return nil, err
+	}
+	if cfg.Addr != "" { // it may have moved
+		if n.disk.Addr, err = address(cfg.Addr, ""); err != nil {
+			return nil, err
+		}
+	}
+	n.id = n.disk.Node
+	if n.holder, n.volumeKey, err = cfg.loadIdentity(n.disk); err != nil {
+		return nil, err
+	}
+	if cfg.shift != nil {
+		clock.Use(cfg.shift)
+	}
+	n.cfg.Log = cfg.Log.With("node", n.id.String())
 	n.ep, err = rpc.New(rpc.Config{Self: n.id, Cert: n.holder, ListenAddr: listenAddr(n.disk.Addr),
-		Resolve: n.resolve, Allowed: n.allowed, Permit: permit, Log: n.part("rpc")})
+		Resolve: n.resolve, Allowed: n.allowed, Permit: permit, Clock: cfg.Clock, Log: n.part("rpc")})
 	if err != nil {
 		return nil, err
 	}
+	ep := n.ep                         // n is nil when this is called
 	undo = append(undo, func() error { // Run with a context that is over releases it
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel()
-		return n.ep.Run(ctx)
+		return ep.Run(ctx)
 	})
 	n.ctl = control.New(control.Config{Path: cfg.Socket, Log: n.part("control")})
-	n.ballast = openBallast(cfg.Dir, cfg.path(fileBallast), n.part("ballast"))
+	n.ballast = openBallast(cfg.FS, cfg.path(fileBallast), n.part("ballast"))
 	if n.disk.Role != record.RoleClient {
 		if err := n.openGroups(&undo); err != nil {
 			return nil, err
@@ -166,8 +183,13 @@ func (n *Node) part(name string) *slog.Logger { return n.cfg.Log.With("part", na
 // openGroups makes what a node that votes has.
 func (n *Node) openGroups(undo *[]func() error) (err error) {
 	witness := n.disk.Role == record.RoleWitness
-	n.host, err = group.New(group.Config{Self: n.id, Dir: n.cfg.path("groups"), Transport: transport{n.ep}, Log: n.part("group"),
-		Witness: witness, IsWitness: n.witness, FS: vfs.OnDiskFull(vfs.Default, n.ballast.give)})
+	var recm, volm group.Machine // a witness has none
+	if !witness {
+		recm = &record.Machine{OnChange: func(uint64) { n.refreshMembers() }}
+		volm = &volume.Machine{OnBlocks: func(names []volume.BlockName) { n.blocks.Ensure(names) }}
+	}
+	n.host, n.rec, n.root, err = n.cfg.openHost(group.Config{Self: n.id, Dir: n.cfg.path(dirGroups), Transport: transport{n.ep}, Log: n.part("group"),
+		Witness: witness, IsWitness: n.witness, FS: vfs.OnDiskFull(n.cfg.FS, n.ballast.give), Tick: n.cfg.tick}, recm, volm)
 	if err != nil {
 		return err
 	}
@@ -189,17 +211,6 @@ func (n *Node) openGroups(undo *[]func() error) (err error) {
 			n.cfg.Log.Warn("snapshot not taken", "from", from.String(), "err", err)
 		}
 	})
-	var recm, volm group.Machine // a witness has none
-	if !witness {
-		recm = &record.Machine{OnChange: func(uint64) { n.refreshMembers() }}
-		volm = &volume.Machine{OnBlocks: func(names []volume.BlockName) { n.blocks.Ensure(names) }}
-	}
-	if n.rec, err = n.host.Open(ids.RecordGroup, recm); err != nil {
-		return err
-	}
-	if n.root, err = n.host.Open(ids.RootGroup, volm); err != nil {
-		return err
-	}
 	for _, g := range n.groups() {
 		g.Watch(func(group.Status) { n.nudge() })
 	}
@@ -214,8 +225,11 @@ func (n *Node) openGroups(undo *[]func() error) (err error) {
 func (n *Node) openStore(undo *[]func() error) (err error) {
 	cfg := n.cfg
 	n.jobs = newRegistry(n.record, n.part("jobs"))
-	if n.segs, err = segment.Open(segment.Config{Dir: cfg.path("blocks"), Log: n.part("segment")}); err != nil {
+	if err := cfg.takeKept(); err != nil {
 		return err
+	}
+	if n.segs, err = segment.Open(segment.Config{Dir: cfg.path(dirBlocks), FS: cfg.FS, Log: n.part("segment")}); err != nil {
+		return cfg.damagedBlocks(err)
 	}
 	*undo = append(*undo, n.segs.Close)
 	n.blocks = block.New(block.Config{Self: n.id, RPC: n.ep, Local: n.segs, Key: n.volumeKey,
@@ -229,12 +243,12 @@ func (n *Node) openStore(undo *[]func() error) (err error) {
 	n.mount = fusefs.New(fusefs.Config{Dir: cfg.Mount, Tree: n.venus, Log: n.part("fusefs"), Guard: true})
 	n.venus.SetKernel(n.mount)
 	n.manager, err = proc.NewManager(proc.ManagerConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: n.part("proc"),
-		Dir: cfg.Dir, Exe: cfg.Exe, Cgroup: filepath.Join("unum", n.disk.Cluster[:8]+"-"+n.id.String()), Accept: n.accept, Socket: cfg.Socket, Settle: n.venus.Settle})
+		Dir: cfg.Dir, Exe: cfg.Exe, Cgroup: filepath.Join("unum", n.disk.Cluster[:8]+"-"+n.id.String()), Accept: n.accept, Socket: cfg.Socket, Settle: n.venus.Settle, Clock: cfg.Clock})
 	if err != nil {
 		return err
 	}
 	n.home = proc.NewHome(proc.HomeConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: n.part("home"), Place: n.place,
-		Resolve: n.byName, Members: n.members.Alive, Host: n.hostname, Explain: explain})
+		Resolve: n.byName, Members: n.members.Alive, Host: n.hostname, Explain: explain, Clock: cfg.Clock})
 	n.home.Register(n.ctl)
 	n.meter = load.New(load.Config{Node: n.id, Dir: cfg.Dir, Share: cfg.Share, Log: n.part("load")})
 	n.members.OnBroadcast(wordLoad, func(from ids.Node, b []byte) {
@@ -256,40 +270,43 @@ func (n *Node) groups() []*group.Group {
 	return []*group.Group{n.rec, n.root}
 }
 
-func (n *Node) loadIdentity() error {
-	ca, err := identity.Load(n.cfg.path(fileCA))
-	if err != nil {
-		return errs.Wrap(err, "start", n.cfg.Dir)
+// loadIdentity reads the files of the identity and holds them against each other
+// and against node.json.
+func (c *Config) loadIdentity(d nodeFile) (h *identity.Holder, volumeKey [32]byte, err error) {
+	names := []string{fileCA, fileCert, fileKey, fileCSR}
+	if d.Role == record.RoleStore {
+		names = append(names, fileVolume)
 	}
-	trust, err := identity.ParseTrust(ca)
-	if err != nil {
-		return errs.Wrap(err, "start", n.cfg.path(fileCA))
-	}
-	cert, err := identity.Load(n.cfg.path(fileCert))
-	if err != nil {
-		return errs.Wrap(err, "start", n.cfg.Dir)
-	}
-	key, err := identity.Load(n.cfg.path(fileKey))
-	if err != nil {
-		return errs.Wrap(err, "start", n.cfg.Dir)
-	}
-	if n.holder, err = identity.NewHolder(trust, cert, key); err != nil {
-		return errs.Wrap(err, "start", n.cfg.path(fileCert))
-	}
-	if n.disk.Role == record.RoleStore {
-		vk, err := identity.Load(n.cfg.path(fileVolume))
-		if err != nil {
-			return errs.Wrap(err, "start", n.cfg.Dir)
-		}
-		if copy(n.volumeKey[:], vk) != 32 || len(vk) != 32 {
-			return errs.E(errs.Corrupt, "start", n.cfg.path(fileVolume), "%d bytes, want 32", len(vk))
+	files := map[string][]byte{}
+	for _, name := range names {
+		if files[name], err = identity.Load(c.FS, c.path(name)); err != nil {
+			return nil, volumeKey, c.damaged(name, err)
 		}
 	}
-	if n.holder.Node() != n.id || trust.Cluster() != n.disk.Cluster {
-		return errs.E(errs.Corrupt, "start", n.cfg.path(fileCert), "the certificate is of %v in cluster %s, the directory of %v in %s",
-			n.holder.Node(), trust.Cluster(), n.id, n.disk.Cluster)
+	trust, err := identity.ParseTrust(files[fileCA])
+	if err != nil {
+		return nil, volumeKey, c.damaged(fileCA, err)
 	}
-	return nil
+	if trust.Cluster() != d.Cluster {
+		return nil, volumeKey, c.foreign(fileCA, "the authority is that of cluster %s, %s says cluster %s", trust.Cluster(), fileNode, d.Cluster)
+	}
+	if h, err = identity.NewHolder(trust, files[fileCert], files[fileKey]); err != nil {
+		return nil, volumeKey, c.damaged(fileCert, fmt.Errorf("with %s and %s: %w", fileKey, fileCA, err))
+	}
+	if h.Node() != d.Node {
+		return nil, volumeKey, c.foreign(fileCert, "the certificate is that of %v, %s says %v", h.Node(), fileNode, d.Node)
+	}
+	if pub, err := identity.RequestKey(files[fileCSR]); err != nil {
+		return nil, volumeKey, c.damaged(fileCSR, errs.E(errs.Corrupt, "", "", "%v", err))
+	} else if !h.Holds(pub) {
+		return nil, volumeKey, c.damaged(fileCSR, errs.E(errs.Corrupt, "", "", "it is for another key"))
+	}
+	if d.Role == record.RoleStore {
+		if volumeKey, err = decodeKey(files[fileVolume]); err != nil {
+			return nil, volumeKey, c.damaged(fileVolume, err)
+		}
+	}
+	return h, volumeKey, nil
 }
 
 // part is something that runs until its context ends.
@@ -300,9 +317,9 @@ type part struct {
 
 // parts lists what runs on this node, in the order of starting.
 func (n *Node) parts() []part {
-	ps := []part{{"ballast", n.ballast.run}, {"rpc", n.ep.Run}}
+	ps := []part{{"clock", n.followClock}, {"ballast", n.ballast.run}, {"rpc", n.ep.Run}}
 	if n.host != nil {
-		ps = append(ps, part{"groups", n.host.Run}, part{"members", n.members.Run})
+		ps = append(ps, part{partGroups, n.host.Run}, part{"members", n.members.Run})
 	}
 	ps = append(ps, part{"farewell", n.farewell})
 	if n.disk.Role != record.RoleStore {
@@ -349,6 +366,9 @@ func (n *Node) run(ctx context.Context, stop context.CancelCauseFunc, parts []pa
 			if err == nil {
 				err = errs.E(errs.Unavailable, "", "", "it ended by itself")
 			}
+			if p.name == partGroups {
+				err = n.cfg.damaged(dirGroups, err)
+			}
 			errMu.Lock()
 			failed = errors.Join(failed, errs.Wrap(err, p.name, ""))
 			errMu.Unlock()
@@ -361,19 +381,38 @@ func (n *Node) run(ctx context.Context, stop context.CancelCauseFunc, parts []pa
 		r.cancel()
 		<-r.done
 	}
-	var err error
+	err := n.closeData()
+	errMu.Lock()
+	defer errMu.Unlock()
+	if err = errors.Join(failed, err); err == nil && n.gone.Load() {
+		err = n.cfg.forget()
+	}
+	return errors.Join(err, n.lock.Close())
+}
+
+const partGroups = "groups"
+
+// closeData lets go of the databases and the blocks, when no part runs.
+func (n *Node) closeData() (err error) {
 	if n.host != nil {
 		err = n.host.Close()
 	}
 	if n.segs != nil {
 		err = errors.Join(err, n.segs.Close())
 	}
-	errMu.Lock()
-	defer errMu.Unlock()
-	if err = errors.Join(failed, err); err == nil && n.gone.Load() {
-		err = n.cfg.forget()
-	}
 	return err
+}
+
+// close lets go of the disk, when no part runs.
+func (n *Node) close() error { return errors.Join(n.closeData(), n.lock.Close()) }
+
+// followClock keeps a lab's clock at what its file says.
+func (n *Node) followClock(ctx context.Context) error {
+	if n.cfg.shift == nil {
+		<-ctx.Done()
+		return nil
+	}
+	return n.cfg.shift.Follow(ctx, n.cfg.ClockFile, n.cfg.Log.With("part", "clock"))
 }
 
 // seek tells membership whom to look for, finishes what founding left, and then

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
@@ -101,7 +102,7 @@ func founded(t *testing.T) (*Node, Config) {
 // age gives the node in cfg.Dir a certificate that was signed then.
 func age(t *testing.T, cfg Config, ca *identity.CA, id ids.Node, role identity.Role, then time.Time) {
 	t.Helper()
-	csr, err := identity.Load(cfg.path(fileCSR))
+	csr, err := identity.Load(disk.Real, cfg.path(fileCSR))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +110,7 @@ func age(t *testing.T, cfg Config, ca *identity.CA, id ids.Node, role identity.R
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := identity.Save(cfg.path(fileCert), cert); err != nil {
+	if err := identity.Save(disk.Real, cfg.path(fileCert), cert); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -129,7 +130,7 @@ func TestCertificateIsRenewed(t *testing.T) {
 	}
 	var pems [2][]byte
 	for i, f := range []string{fileCA, fileCAKey} {
-		b, err := identity.Load(cfg1.path(f))
+		b, err := identity.Load(disk.Real, cfg1.path(f))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -169,11 +170,11 @@ func TestCertificateIsRenewed(t *testing.T) {
 	})
 
 	// What a node is given by another: its own name only, for its own key only.
-	csr, err := identity.Load(cfg2.path(fileCSR))
+	csr, err := identity.Load(disk.Real, cfg2.path(fileCSR))
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := identity.Load(cfg2.path(fileKey))
+	key, err := identity.Load(disk.Real, cfg2.path(fileKey))
 	if err != nil {
 		t.Fatal(err)
 	}

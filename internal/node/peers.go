@@ -112,7 +112,7 @@ func (n *Node) notePeers(ms []record.Member) error {
 		return nil
 	}
 	n.disk.Peers = peers
-	return n.cfg.saveDisk(n.disk)
+	return n.cfg.saveFile(n.disk)
 }
 
 // placed reports whether a member has its place in the record's group.

@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
 	"github.com/unum-os/unum/internal/identity"
@@ -30,6 +31,7 @@ type recordClient struct {
 	others func() []ids.Node // that store; this node may be among them
 	log    *slog.Logger
 	trust  *identity.Trust
+	clock  clock.Clock
 
 	mu     sync.Mutex
 	client uint64
@@ -43,7 +45,7 @@ const (
 )
 
 func newRecordClient(n *Node) *recordClient {
-	r := &recordClient{trust: n.holder.Trust(), g: n.rec, h: n.host, ep: n.ep, others: n.askFirst, log: n.part("record"), client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
+	r := &recordClient{trust: n.holder.Trust(), clock: n.cfg.Clock, g: n.rec, h: n.host, ep: n.ep, others: n.askFirst, log: n.part("record"), client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
 	if n.disk.Role != record.RoleStore {
 		return r
 	}
@@ -83,7 +85,7 @@ func (r *recordClient) believe(ctx context.Context, from ids.Node, cmd []byte) e
 	if err != nil {
 		return err
 	}
-	err = principal.Believe(from, m.Role == record.RoleStore, c.Who, nil, r.trust, time.Now())
+	err = principal.Believe(from, m.Role == record.RoleStore, c.Who, nil, r.trust, r.clock.Wall())
 	if err != nil {
 		note := &record.Note{About: c.Who, What: "propose", On: from.String(), Err: uint8(errs.ClassOf(err)), Why: cut(err.Error(), record.MaxText)}
 		note.About.User = cut(note.About.User, record.MaxText)
@@ -119,7 +121,7 @@ func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result
 		c.Who = principal.Of(r.ep.Self())
 	}
 	if c.Now == 0 {
-		c.Now = time.Now().UnixNano()
+		c.Now = r.clock.Wall().UnixNano()
 	}
 	r.mu.Lock()
 	r.seq++

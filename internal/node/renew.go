@@ -34,22 +34,35 @@ type renewReply struct {
 	Cert []byte `cbor:"1,keyasint"` // PEM
 }
 
+// renewDue reports whether it is time to ask for the next certificate: little is
+// left of this one, or it does not hold yet because the clock was set back.
+func (n *Node) renewDue() bool {
+	return n.holder.NotAfter().Sub(n.cfg.Clock.Wall()) < renewBefore || !n.certHolds()
+}
+
+// certHolds reports whether others take this node's certificate, if their clocks
+// are right.
+func (n *Node) certHolds() bool {
+	now := n.cfg.Clock.Wall()
+	return !now.After(n.holder.NotAfter()) && !now.Before(n.holder.NotBefore())
+}
+
 // renew exchanges this node's certificate for one that holds longer, with the
 // key it has. This node is asked first: one that keeps the record signs for
 // itself, also when its certificate has ended and no other would hear it.
 func (n *Node) renew(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, renewLimit)
 	defer cancel()
-	csr, err := identity.Load(n.cfg.path(fileCSR))
+	csr, err := identity.Load(n.cfg.FS, n.cfg.path(fileCSR))
 	if err != nil {
 		return err
 	}
-	key, err := identity.Load(n.cfg.path(fileKey))
+	key, err := identity.Load(n.cfg.FS, n.cfg.path(fileKey))
 	if err != nil {
 		return err
 	}
 	var r renewReply
-	if over := time.Now().After(n.holder.NotAfter()); over && n.disk.Role != record.RoleStore {
+	if over := !n.certHolds(); over && n.disk.Role != record.RoleStore {
 		r.Cert, err = n.renewAtTheDoor(ctx, csr)
 	} else {
 		for _, p := range n.askFirst() {
@@ -67,7 +80,7 @@ func (n *Node) renew(ctx context.Context) error {
 	if _, err := identity.NewHolder(n.holder.Trust(), r.Cert, key); err != nil { // before the old one is gone
 		return err
 	}
-	if err := identity.Save(n.cfg.path(fileCert), r.Cert); err != nil {
+	if err := identity.Save(n.cfg.FS, n.cfg.path(fileCert), r.Cert); err != nil {
 		return err
 	}
 	if err := n.holder.Swap(r.Cert, key); err != nil {
@@ -88,7 +101,7 @@ func (n *Node) renewAtTheDoor(ctx context.Context, csr []byte) ([]byte, error) {
 			continue
 		}
 		var b []byte
-		if b, _, err = rpc.Join(ctx, addr, n.holder.Trust().Fingerprint(), q); err != nil {
+		if b, _, err = rpc.JoinAt(ctx, n.cfg.Clock, addr, n.holder.Trust().Fingerprint(), q); err != nil {
 			continue
 		}
 		var r joinReply
@@ -127,5 +140,5 @@ func (n *Node) renewal(p ids.Node, csr []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return ca.Sign(csr, p, identity.Role(m.Role.String()), time.Now())
+	return ca.Sign(csr, p, identity.Role(m.Role.String()), n.cfg.Clock.Wall())
 }

@@ -142,7 +142,7 @@ func (n *Node) serveControl() {
 
 // self describes this node.
 func (n *Node) self() Self {
-	s := Self{Node: n.id, Mounted: n.mounted.Load(), UptimeNs: int64(time.Since(n.began)), WallNs: time.Now().UnixNano()}
+	s := Self{Node: n.id, Mounted: n.mounted.Load(), UptimeNs: int64(time.Since(n.began)), WallNs: n.cfg.Clock.Wall().UnixNano()}
 	if n.disk.Role == record.RoleStore {
 		s.Session, s.Missing, s.Whole, s.Jobs = n.venus.Ready(), n.blocks.Missing(), n.blocks.Whole(), len(n.manager.Jobs())
 		s.Free, _ = n.segs.Free()
@@ -252,6 +252,6 @@ func (n *Node) token(ctx context.Context, q *TokenRequest) (TokenReply, error) {
 	if err != nil {
 		return TokenReply{}, err
 	}
-	_, err = n.record.do(ctx, record.Command{Who: who, AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: time.Now().UnixNano() + q.Lifetime, Role: q.Role}})
+	_, err = n.record.do(ctx, record.Command{Who: who, AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: n.cfg.Clock.Wall().UnixNano() + q.Lifetime, Role: q.Role}})
 	return TokenReply{Token: t.String(), Addr: n.disk.Addr}, err
 }

@@ -68,7 +68,7 @@ type steward struct {
 	n       *Node
 	buried  map[ids.Node]time.Time // when last
 	silent  map[ids.Node]time.Time // since when
-	renewed time.Time              // when last tried
+	renewed time.Time              // when last tried, by the clock that does not jump
 	keys    guardian
 }
 
@@ -125,8 +125,8 @@ func (s *steward) putOut(ctx context.Context, lost ids.Node) bool {
 // renew asks for the next certificate when it is time.
 func (s *steward) renew(ctx context.Context) {
 	n := s.n
-	if now := time.Now(); n.holder.NotAfter().Sub(now) < renewBefore && now.Sub(s.renewed) > renewAgain {
-		s.renewed = now
+	if time.Since(s.renewed) > renewAgain && n.renewDue() {
+		s.renewed = time.Now()
 		if err := n.renew(ctx); err != nil && ctx.Err() == nil {
 			n.cfg.Log.Warn("the certificate is not renewed yet", "ends", n.holder.NotAfter(), "err", err)
 		}
