@@ -16,19 +16,20 @@ type Kind uint
 // The kinds. Changes are those after which a power failure may find something
 // else.
 const (
-	OpWrite  Kind = 1 << iota // write, truncate, allocate
-	OpSync                    // of files and directories
-	OpCreate                  // also by opening, linking, locking
+	OpWrite   Kind = 1 << iota // write, truncate, allocate
+	OpSync                     // of files
+	OpSyncDir                  // of directories
+	OpCreate                   // also by opening, linking, locking
 	OpRename
 	OpRemove
 	OpMkdir
 	OpOpen // for reading, or of what exists; listings and looks at names too
 	OpRead
 
-	Changes = OpWrite | OpSync | OpCreate | OpRename | OpRemove | OpMkdir
+	Changes = OpWrite | OpSync | OpSyncDir | OpCreate | OpRename | OpRemove | OpMkdir
 )
 
-var kindNames = []string{"write", "sync", "create", "rename", "remove", "mkdir", "open", "read"}
+var kindNames = []string{"write", "sync", "sync directory", "create", "rename", "remove", "mkdir", "open", "read"}
 
 // String names the kinds.
 func (k Kind) String() string {
@@ -48,6 +49,9 @@ type Fault struct {
 	Once  bool   // that one only
 	Err   error  // what it fails with, as syscall.EIO or syscall.ENOSPC; nil: it does not
 	Do    func() // called once, before operation At
+	// Spare, if set, leaves out operations that do not count and do not fail: the
+	// engine ends the process when the sync of its directory fails.
+	Spare func(k Kind, path string) bool
 }
 
 // Failing is an FS that counts operations, and of which some fail. A write that
@@ -97,7 +101,7 @@ func (w *Failing) Fired() string {
 func (w *Failing) op(k Kind, path string) error {
 	w.mu.Lock()
 	f := w.fault
-	if k&f.Kinds == 0 {
+	if k&f.Kinds == 0 || f.Spare != nil && f.Spare(k, path) {
 		w.mu.Unlock()
 		return nil
 	}
@@ -173,7 +177,10 @@ func (w *Failing) OpenDir(path string) (File, error) {
 		return nil, err
 	}
 	f, err := w.fs.OpenDir(path)
-	return w.wrap(f, path, err)
+	if err != nil {
+		return nil, err
+	}
+	return &failingFile{File: f, w: w, path: path, dir: true}, nil
 }
 
 // Remove implements FS.
@@ -260,6 +267,7 @@ type failingFile struct {
 	File
 	w    *Failing
 	path string
+	dir  bool
 }
 
 func (f *failingFile) Read(b []byte) (int, error) {
@@ -317,7 +325,11 @@ func (f *failingFile) Preallocate(off, n int64) error {
 
 // sync fails the way that a disk does, or returns nil.
 func (f *failingFile) sync() error {
-	err := f.w.op(OpSync, f.path)
+	k := OpSync
+	if f.dir {
+		k = OpSyncDir
+	}
+	err := f.w.op(k, f.path)
 	if m, ok := f.File.(interface{ failSync() }); ok && err != nil {
 		m.failSync()
 	}

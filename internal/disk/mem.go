@@ -77,7 +77,7 @@ func (n naming) apply(names map[string]*inode) {
 // NewMem returns an empty disk of a TiB.
 func NewMem() *Mem {
 	m := &Mem{root: newDir(0o755), locks: map[string]bool{}}
-	m.SetFree(1 << 40)
+	m.SetSize(1 << 40)
 	return m
 }
 
@@ -85,11 +85,12 @@ func newDir(mode fs.FileMode) *inode {
 	return &inode{mode: mode | fs.ModeDir, names: map[string]*inode{}, durable: map[string]*inode{}}
 }
 
-// SetFree sets what GetDiskUsage tells. It bounds nothing: see Failing.
-func (m *Mem) SetFree(bytes uint64) {
+// SetSize makes GetDiskUsage tell of a disk of that many bytes, all of them free.
+// It bounds nothing: see Failing.
+func (m *Mem) SetSize(bytes uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.usage = vfs.DiskUsage{AvailBytes: bytes, TotalBytes: max(bytes, 1<<40), UsedBytes: max(bytes, 1<<40) - bytes}
+	m.usage = vfs.DiskUsage{AvailBytes: bytes, TotalBytes: bytes}
 }
 
 // Crash returns a copy as the next boot finds it after a power failure now.
