@@ -37,6 +37,8 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+func sumOf(b []byte) string { return fmt.Sprintf("%08x", crc32.Checksum(b, castagnoli)) }
+
 func (d nodeFile) encode() ([]byte, error) {
 	d.Version, d.Sum = fileVersion, sumBlank
 	b, err := json.MarshalIndent(d, "", "  ")
@@ -44,8 +46,7 @@ func (d nodeFile) encode() ([]byte, error) {
 		return nil, err
 	}
 	b = append(b, '\n')
-	sum := fmt.Sprintf("%08x", crc32.Checksum(b, castagnoli))
-	return bytes.Replace(b, []byte(sumKey+sumBlank), []byte(sumKey+sum), 1), nil
+	return bytes.Replace(b, []byte(sumKey+sumBlank), []byte(sumKey+sumOf(b)), 1), nil
 }
 
 // decodeNodeFile reads node.json. Class Corrupt, or NotSupported if a later
@@ -58,7 +59,7 @@ func decodeNodeFile(b []byte) (nodeFile, error) {
 	}
 	if d.Sum != "" || d.Version > 2 {
 		blank := bytes.Replace(b, []byte(sumKey+d.Sum), []byte(sumKey+sumBlank), 1)
-		if sum := fmt.Sprintf("%08x", crc32.Checksum(blank, castagnoli)); sum != d.Sum {
+		if sum := sumOf(blank); sum != d.Sum {
 			return bad("its checksum is %s, it says %q: it was damaged or changed", sum, d.Sum)
 		}
 	}
@@ -102,14 +103,14 @@ func (c *Config) saveFile(d nodeFile) error {
 // wrong one nothing that this node stores would be found.
 
 func encodeKey(key [32]byte) []byte {
-	return fmt.Appendf(key[:], "%08x", crc32.Checksum(key[:], castagnoli))
+	return append(key[:], sumOf(key[:])...)
 }
 
 // decodeKey reads what encodeKey gave, or a bare key as format 2 had it.
 func decodeKey(b []byte) (key [32]byte, err error) {
 	switch len(b) {
 	case 40:
-		if want := fmt.Sprintf("%08x", crc32.Checksum(b[:32], castagnoli)); string(b[32:]) != want {
+		if want := sumOf(b[:32]); string(b[32:]) != want {
 			return key, errs.E(errs.Corrupt, "", "", "its checksum is %s, it says %q", want, b[32:])
 		}
 	case 32:
