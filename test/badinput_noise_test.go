@@ -300,7 +300,7 @@ func stranger(t *testing.T, c *cluster) {
 	if code := d.stop(syscall.SIGTERM); code != 0 {
 		t.Fatalf("stopped by SIGTERM: code %d: %s", code, d.out)
 	}
-	c.must("n3", fmt.Sprintf(`sed -i 's/"addr"/"peers": {"n2": "%s:7400"}, "addr"/' %s/node.json`, first, s.dir()))
+	c.must("n3", fmt.Sprintf(`sed -i '/"sum"/d; s/"version": 3/"version": 2/; s/"addr"/"peers": {"n2": "%s:7400"}, "addr"/' %s/node.json`, first, s.dir()))
 	d = s.launch("up")
 	until(t, "it is refused", 30*time.Second, func() bool { return strings.Contains(d.out.String(), "no other node answers") || d.out.ended() })
 	if !strings.Contains(d.out.String(), "refused this node") && !strings.Contains(d.out.String(), "verify certificate") {

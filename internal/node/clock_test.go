@@ -14,28 +14,6 @@ import (
 	"github.com/unum-os/unum/internal/ids"
 )
 
-// sessions runs what gives a node a session with the root volume's leader, its
-// leases included.
-func sessions(t *testing.T, n *Node) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{}, 3)
-	for _, run := range []func(context.Context) error{n.blocks.Run, n.vice.Run, n.venus.Run} {
-		go func() {
-			if err := run(ctx); err != nil {
-				t.Error(err)
-			}
-			done <- struct{}{}
-		}()
-	}
-	t.Cleanup(func() {
-		cancel()
-		for range 3 {
-			<-done
-		}
-	})
-}
-
 // The time of day jumps by an hour, both ways, on one node and on both: no
 // connection, no session and no leader is lost. (A machine that stands still for
 // seconds loses them too: undisturbed once in five is what is asked. A jump that
@@ -67,7 +45,6 @@ func TestWallJumpsBreakNothing(t *testing.T) {
 				downs.Add(1)
 			}
 		})
-		sessions(t, n)
 	}
 	await(t, "both have a session", func() bool { return n1.venus.Ready() && n2.venus.Ready() })
 	await(t, "both vote", func() bool { return len(n1.rec.Status().Voters) == 2 && len(n1.root.Status().Voters) == 2 })
@@ -201,21 +178,17 @@ func TestClockFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	write("wall=-2h")
-	n, _ := start(t, cfg)
-	off := func(d time.Duration) bool { return (n.cfg.Clock.Wall().Sub(clock.Real.Wall()) - d).Abs() < 10*time.Minute }
+	n, stop := start(t, cfg)
+	off := func(d time.Duration) bool {
+		return (n.cfg.Clock.Wall().Sub(clock.Real.Wall()) - d).Abs() < 10*time.Minute
+	}
 	if !off(-2 * time.Hour) {
 		t.Fatal("not set when it starts")
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error)
-	go func() { done <- n.followClock(ctx) }()
 	write("wall=+1h boot=+30s")
 	await(t, "the file counts", func() bool { return off(time.Hour) && clock.Now().Sub(clock.Real.Now()) > 29*time.Second })
 	settled(t, n, 1) // it works on
-	cancel()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+	stop()
 	write("nonsense")
 	if _, err := Open(cfg); !errs.Has(err, errs.Invalid) {
 		t.Errorf("started with a clock that means nothing: %v", err)

@@ -223,13 +223,13 @@ func TestDirectoryIsRefused(t *testing.T) {
 		"key of another node": {errs.Corrupt, fileKey, nil, func(t *testing.T, d *disk.Mem) {
 			writeFile(t, d, cfg.path(fileKey), readFile(t, theirs, other.path(fileKey)))
 		}},
-		"a later version": {errs.NotSupported, fileNode, []string{"format 3", "later version"}, func(t *testing.T, d *disk.Mem) {
+		"a later version": {errs.NotSupported, fileNode, []string{"format 4", "later version"}, func(t *testing.T, d *disk.Mem) {
 			b := readFile(t, d, cfg.path(fileNode))
 			n, err := decodeNodeFile(b)
 			if err != nil {
 				t.Fatal(err)
 			}
-			b = bytes.Replace(b, []byte(`"version": 2`), []byte(`"version": 3`), 1)
+			b = bytes.Replace(b, []byte(`"version": 3`), []byte(`"version": 4`), 1)
 			writeFile(t, d, cfg.path(fileNode), resum(b, n.Sum))
 		}},
 		"databases gone": {errs.Corrupt, dirGroups, []string{"gone", "--repair"}, remove(dirGroups)},
@@ -304,8 +304,8 @@ func resum(b []byte, old string) []byte {
 	return bytes.Replace(blank, []byte(sumKey+sumBlank), []byte(sumKey+sumOf(blank)), 1)
 }
 
-// What format 1 had is read: no sum, and a bare volume key.
-func TestFormat1IsRead(t *testing.T) {
+// What format 2 had is read: no sum, and a bare volume key.
+func TestFormat2IsRead(t *testing.T) {
 	cfg, m, toks := whole(t)
 	b := readFile(t, m, cfg.path(fileNode))
 	d, err := decodeNodeFile(b)
@@ -313,7 +313,7 @@ func TestFormat1IsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	b = bytes.Replace(b, []byte(fmt.Sprintf("  %s%s\",\n", sumKey, d.Sum)), nil, 1)
-	b = bytes.Replace(b, []byte(`"version": 2`), []byte(`"version": 1`), 1)
+	b = bytes.Replace(b, []byte(`"version": 3`), []byte(`"version": 2`), 1)
 	writeFile(t, m, cfg.path(fileNode), b)
 	writeFile(t, m, cfg.path(fileVolume), readFile(t, m, cfg.path(fileVolume))[:32])
 	if err := life(cfg, hasTokens(toks)); err != nil {
@@ -386,10 +386,7 @@ func TestRepair(t *testing.T) {
 	}
 
 	crashes := 0
-	step := int64(2)
-	if testing.Short() {
-		step = 20
-	}
+	step := stride(5)
 	seen := map[ids.Node]bool{1: true, 2: true}
 	for k := int64(1); ; k += step {
 		d := m.Clone()

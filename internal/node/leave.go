@@ -145,8 +145,11 @@ func (n *Node) farewell(ctx context.Context) error {
 // nodes: leaving has waited for that.
 func (c *Config) forget() error {
 	var failed error
-	for _, p := range []string{fileNode, dirBlocks, dirIdentity, dirGroups, fileBallast} { // node.json first: without it there is no node
-		failed = errors.Join(failed, c.FS.RemoveAll(c.path(p)), disk.SyncDir(c.FS, c.Dir))
+	for _, p := range []string{fileNode, dirBlocks, dirIdentity, dirGroups, fileBallast, fileLock} { // node.json first: without it there is no node
+		failed = errors.Join(failed, c.FS.RemoveAll(c.path(p)))
+		if p == fileNode || p == fileLock {
+			failed = errors.Join(failed, disk.SyncDir(c.FS, c.Dir))
+		}
 	}
 	return errs.Wrap(failed, "forget the node", c.Dir)
 }
