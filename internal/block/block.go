@@ -138,6 +138,7 @@ type Stats struct {
 
 type counters struct {
 	cacheHits, localReads, peerReads, badLocal, badPeer, degraded, repaired, walks atomic.Uint64
+	puts, putBytes                                                                 atomic.Uint64
 
 	late atomic.Int64 // bytes on their way to replicas that puts did not wait for
 }

@@ -83,6 +83,8 @@ wait:
 		cancel()
 		return name, c.tooFew(name, need, len(all), got, failures)
 	}
+	c.count.puts.Add(1)
+	c.count.putBytes.Add(uint64(len(data)))
 	if got < len(all) {
 		c.count.degraded.Add(1)
 	}

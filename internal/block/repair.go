@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/segment"
@@ -26,9 +27,10 @@ type repair struct {
 
 	mu      sync.Mutex
 	wanted  map[volume.BlockName]*wanted
-	due     dueHeap // those not being fetched
-	missing int     // of wanted: looked for and not here
-	walk    bool    // names may be missing that are not in the list
+	due     dueHeap       // those not being fetched
+	missing int           // of wanted: looked for and not here
+	since   clock.Instant // when missing became more than none
+	walk    bool          // names may be missing that are not in the list
 }
 
 type wanted struct {
@@ -175,6 +177,9 @@ func (c *Client) miss(w *wanted) {
 	defer c.repair.mu.Unlock()
 	if !w.missing {
 		w.missing = true
+		if c.repair.missing == 0 {
+			c.repair.since = clock.Now()
+		}
 		c.repair.missing++
 	}
 }

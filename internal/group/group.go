@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"go.etcd.io/raft/v3"
@@ -81,6 +82,8 @@ type Group struct {
 	space   Space
 	gate    gate
 	applied atomic.Uint64
+
+	size measured
 
 	stepped // what belongs to the worker goroutine
 
@@ -164,7 +167,9 @@ func (g *Group) Propose(ctx context.Context, cmd []byte) (any, uint64, error) {
 	}
 	p := &proposal{id: g.h.newID(), ctx: ctx, size: n, done: make(chan outcome, 1)}
 	p.data = append(append(append(make([]byte, 0, entryHeader+len(cmd)), entryVersion), p.id[:]...), cmd...)
+	start := time.Now()
 	o := g.submit(ctx, p)
+	g.h.count.proposed(start, o)
 	return o.result, o.index, o.err
 }
 
@@ -404,6 +409,7 @@ func (g *Group) publish() {
 		return
 	}
 	g.shown = g.conf
+	g.h.count.follow(g.st.Leader, ids.Node(b.Lead))
 	g.st.Group, g.st.Role, g.st.Term, g.st.Leader = g.id, role, b.GetTerm(), ids.Node(b.Lead)
 	c := conf{g.conf}
 	g.st.Voters, g.st.Learners, g.st.Joint = c.voters(), nodes(g.conf.Learners), len(g.conf.VotersOutgoing) > 0

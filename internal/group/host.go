@@ -109,6 +109,7 @@ type Host struct {
 	nonce            uint64        // of this life of the host, in the ids of proposals and reads
 	counter          atomic.Uint64 // with nonce and Self: unique for ever
 	in               *inbox
+	count            *counts
 	apply            *applyQueue
 	backlog          atomic.Int64
 	trims            chan trim
@@ -153,7 +154,7 @@ func New(cfg Config) (*Host, error) {
 	}
 	h := &Host{
 		cfg: cfg, fs: cfg.FS, log: cfg.Log,
-		in: newInbox(), apply: newApplyQueue(), trims: make(chan trim, 64),
+		count: newCounts(), in: newInbox(), apply: newApplyQueue(), trims: make(chan trim, 64),
 		sending: make(chan struct{}, snapshotsOut), filling: make(chan struct{}, snapshotsIn),
 		failed: make(chan struct{}), stopped: make(chan struct{}),
 		disk: map[ids.Group]bool{}, groups: map[ids.Group]*Group{},

@@ -134,6 +134,7 @@ func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uin
 	if err != nil {
 		return errs.Wrap(err, "send", place)
 	}
+	c = h.metered(c)
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 
@@ -173,6 +174,7 @@ func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uin
 	if a.Refused != "" {
 		return errs.E(errs.Unavailable, "send", place, "refused: %s", a.Refused)
 	}
+	h.count.snapshotsOut.Add(1)
 	return nil
 }
 
@@ -287,6 +289,7 @@ func (f *filling) discard() error {
 func (h *Host) ReceiveSnapshot(ctx context.Context, from ids.Node, c net.Conn) error {
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
+	c = h.metered(c)
 	f, err := h.fillSnapshot(from, c)
 	answer := snapAnswer{}
 	if err == nil {
@@ -297,7 +300,9 @@ func (h *Host) ReceiveSnapshot(ctx context.Context, from ids.Node, c net.Conn) e
 		case <-h.stopped:
 			answer.Refused = "the node is stopping"
 		}
-		if answer.Refused != "" {
+		if answer.Refused == "" {
+			h.count.snapshotsIn.Add(1)
+		} else {
 			err = errs.E(errs.Busy, "install snapshot of group", fmt.Sprint(f.g.id), "%s", answer.Refused)
 		}
 	} else {

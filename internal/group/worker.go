@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/raft/v3"
 	pb "go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -340,6 +341,9 @@ func (w *worker) commit(b *pebble.Batch, sync bool) error {
 	if sync {
 		o = pebble.Sync
 	}
+	if sync {
+		defer prometheus.NewTimer(w.h.count.syncs).ObserveDuration()
+	}
 	return dbErr(b.Commit(o), "write", "raft log")
 }
 
@@ -384,6 +388,7 @@ func (w *worker) finish(t turn) error {
 		return err
 	}
 	w.notice(g)
+	g.measure()
 	w.trim(g)
 	if g.rn.HasReady() {
 		w.mark(g)
@@ -531,6 +536,7 @@ func (w *worker) deliver(to ids.Node, o *outgoing) {
 	if err := w.h.cfg.Transport.Send(to, o.buf); err != nil {
 		for _, g := range o.groups {
 			w.failed = append(w.failed, unreachable{g, to})
+			w.h.count.dropped.Add(1)
 		}
 	}
 	clear(o.groups)
@@ -559,6 +565,7 @@ func (h *Host) Receive(from ids.Node, msg []byte) error {
 			dropped++
 		}
 	}
+	h.count.dropped.Add(uint64(dropped))
 	if dropped > 0 {
 		return errs.E(errs.Busy, "take raft messages", "from "+from.String(), "%d dropped", dropped)
 	}

@@ -18,6 +18,22 @@ import (
 // than a second old, long enough to cost nothing.
 const Every = 500 * time.Millisecond
 
+// TellEvery is how often a load is told that has not changed: thrice before it
+// is too old to place by (sched.StaleAfter).
+const TellEvery = time.Second
+
+// Changed reports whether now says something that others should know before
+// TellEvery has passed since they were told old: what changes a price visibly,
+// and disk space, by which writers are stopped.
+func Changed(old, now sched.Load) bool {
+	apart := func(a, b, by float64) bool { return math.Abs(a-b) >= by }
+	bytes := func(a, b, by uint64) bool { return max(a, b)-min(a, b) >= by }
+	return old.Node != now.Node || old.CPUs != now.CPUs || old.Speed != now.Speed || old.MemTotal != now.MemTotal ||
+		old.DiskTotal != now.DiskTotal || old.NetMax != now.NetMax ||
+		apart(old.Runnable, now.Runnable, 0.5) || apart(old.Used, now.Used, 0.05) || apart(old.MemStall, now.MemStall, 0.05) ||
+		bytes(old.MemUsed, now.MemUsed, 64<<20) || bytes(old.DiskUsed, now.DiskUsed, 16<<20) || bytes(old.NetUsed, now.NetUsed, 1<<20)
+}
+
 // slowEvery is the number of samples between looks at what seldom changes:
 // limits of control groups and speeds of interfaces.
 const slowEvery = 20

@@ -294,3 +294,45 @@ func BenchmarkSampleShare(b *testing.B) {
 		m.Sample(clock.Now())
 	}
 }
+
+// What others would place or write by is told at once, noise is not.
+func TestChanged(t *testing.T) {
+	was := sched.Load{Node: 2, CPUs: 2, Speed: 1, Runnable: 1, Used: 0.2, MemTotal: 8 << 30, MemUsed: 1 << 30, DiskTotal: 100 << 30, DiskUsed: 10 << 30, NetMax: 1e9, NetUsed: 5e5}
+	for _, c := range []struct {
+		name   string
+		change func(*sched.Load)
+		want   bool
+	}{
+		{"nothing", func(*sched.Load) {}, false},
+		{"age", func(l *sched.Load) { l.Age = time.Hour }, false},
+		{"noise", func(l *sched.Load) {
+			l.Used += 0.04
+			l.MemUsed += 60 << 20
+			l.DiskUsed -= 15 << 20
+			l.NetUsed += 1e6
+			l.MemStall = 0.04
+			l.Runnable += 0.4
+		}, false},
+		{"a job more", func(l *sched.Load) { l.Runnable++ }, true},
+		{"a job less", func(l *sched.Load) { l.Runnable-- }, true},
+		{"busier", func(l *sched.Load) { l.Used += 0.06 }, true},
+		{"idler", func(l *sched.Load) { l.Used -= 0.06 }, true},
+		{"memory taken", func(l *sched.Load) { l.MemUsed += 64 << 20 }, true},
+		{"memory freed", func(l *sched.Load) { l.MemUsed -= 64 << 20 }, true},
+		{"memory stalls", func(l *sched.Load) { l.MemStall = 0.05 }, true},
+		{"the disk fills", func(l *sched.Load) { l.DiskUsed += 16 << 20 }, true},
+		{"network", func(l *sched.Load) { l.NetUsed += 1 << 20 }, true},
+		{"another disk", func(l *sched.Load) { l.DiskTotal++ }, true},
+		{"fewer CPUs", func(l *sched.Load) { l.CPUs = 1 }, true},
+		{"the first", func(l *sched.Load) { *l = sched.Load{} }, true},
+	} {
+		now := was
+		c.change(&now)
+		if got := Changed(was, now); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
+		}
+		if got := Changed(now, was); got != c.want {
+			t.Errorf("%s, the other way: %v", c.name, got)
+		}
+	}
+}

@@ -7,10 +7,12 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/memberlist"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 )
@@ -28,8 +30,9 @@ const (
 	// is known after about 2.3 s.
 	suspicion = 3
 	// gossipInterval is how often news is passed on: three nodes know it after
-	// one, a hundred after four or so. A tick without news does nothing.
-	gossipInterval = 100 * time.Millisecond
+	// one, a hundred after four or so. A tick without news does nothing but wake
+	// this process, which is most of what an idle node costs.
+	gossipInterval = 200 * time.Millisecond
 	// pushPull is how often the whole state is exchanged with some node, for what
 	// gossip has missed.
 	pushPull = 15 * time.Second
@@ -56,8 +59,11 @@ type Members struct {
 	wake    chan struct{}                    // holds one: changed or news is not empty
 	list    *memberlist.Memberlist           // set once, before started is closed
 
+	deaths, returns, suspicions atomic.Uint64
+
 	mu      sync.Mutex
-	alive   map[ids.Node][]byte // the nodes alive, this one included, and their Meta
+	alive   map[ids.Node][]byte        // the nodes alive, this one included, and their Meta
+	gone    map[ids.Node]clock.Instant // those that were, and when they died
 	changed map[ids.Node]struct{}
 	words   map[topic]*word
 	news    map[topic]struct{}
@@ -76,6 +82,7 @@ func New(cfg Config) (*Members, error) {
 		cfg: cfg, trans: newTransport(cfg.RPC, cfg.Self),
 		started: make(chan struct{}), wake: make(chan struct{}, 1),
 		alive:   map[ids.Node][]byte{cfg.Self: cfg.Meta},
+		gone:    make(map[ids.Node]clock.Instant),
 		changed: make(map[ids.Node]struct{}), words: make(map[topic]*word), news: make(map[topic]struct{}),
 		seq:    uint64(time.Now().UnixNano()), // beats those of an earlier life, mostly; if not, hear sees to it
 		onWord: make(map[byte][]func(ids.Node, []byte)),
@@ -100,7 +107,7 @@ func (m *Members) Run(ctx context.Context) error {
 	c.UDPBufferSize = packetSize
 	c.EnableCompression = false
 	c.Delegate, c.Events, c.Alive = delegate{m}, events{m}, events{m}
-	c.Logger = log.New(logWriter{m.cfg.Log}, "", 0)
+	c.Logger = log.New(logWriter{m}, "", 0)
 	list, err := memberlist.Create(c)
 	if err != nil {
 		m.trans.Shutdown()
@@ -310,10 +317,18 @@ func (e events) set(n *memberlist.Node, alive bool) {
 		return // NotifyAlive lets no other name in
 	}
 	e.m.mu.Lock()
-	if alive {
+	_, was := e.m.alive[id]
+	switch {
+	case alive:
 		e.m.alive[id] = bytes.Clone(n.Meta)
-	} else {
+		delete(e.m.gone, id)
+	case was:
 		delete(e.m.alive, id)
+		e.m.gone[id] = clock.Now()
+		e.m.deaths.Add(1)
+	}
+	if alive && !was {
+		e.m.returns.Add(1)
 	}
 	e.m.changed[id] = struct{}{}
 	e.m.mu.Unlock()
@@ -321,9 +336,16 @@ func (e events) set(n *memberlist.Node, alive bool) {
 }
 
 // logWriter takes memberlist's lines. What matters of them is logged by tell.
-type logWriter struct{ log *slog.Logger }
+type logWriter struct{ m *Members }
+
+// suspects begins the line of a ping that was not answered. There is no other
+// word of it to be had than this one; only a count depends on it.
+var suspects = []byte("memberlist: Suspect ")
 
 func (w logWriter) Write(b []byte) (int, error) {
-	w.log.Debug("gossip", "text", string(bytes.TrimSpace(b)))
+	if bytes.Contains(b, suspects) {
+		w.m.suspicions.Add(1)
+	}
+	w.m.cfg.Log.Debug("gossip", "text", string(bytes.TrimSpace(b)))
 	return len(b), nil
 }

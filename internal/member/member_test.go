@@ -205,9 +205,18 @@ func TestLife(t *testing.T) {
 	d.stop()
 	took = soon(t, 4*time.Second, "death of n3", func() bool { return !a.IsAlive(3) && !b.IsAlive(3) })
 	t.Logf("death after a kill took %v", took)
+	if ago, ok := a.Dead()[3]; !ok || ago > took+time.Minute || len(a.Dead()) != 2 {
+		t.Fatalf("dead: %v", a.Dead())
+	}
+	if a.deaths.Load() != 2 || a.returns.Load() != 3 || a.suspicions.Load()+b.suspicions.Load() == 0 {
+		t.Fatalf("counted: %d deaths, %d returns, %d and %d suspicions", a.deaths.Load(), a.returns.Load(), a.suspicions.Load(), b.suspicions.Load())
+	}
 	d = c.start(3, 1, 2)
 	took = soon(t, 2*time.Second, "return of n3", func() bool { return a.IsAlive(3) && b.IsAlive(3) && sees(d, 1, 2, 3)() })
 	t.Logf("return took %v", took)
+	if _, ok := a.Dead()[3]; ok {
+		t.Fatal("n3 is alive and dead")
+	}
 
 	// So is one that returns before it was missed, and its words count.
 	d.stop()

@@ -22,6 +22,10 @@ const (
 	// maxStrange bounds the topics on which words of nodes not known to be alive are
 	// kept: there are few such nodes for the moment it takes to hear of them.
 	maxStrange = 256
+	// direct is the size of a cluster up to which a word's author reaches all others
+	// itself, at the next tick (memberlist's GossipNodes, and itself): nobody
+	// passes it on. Whoever missed it hears the next, or the exchange of states.
+	direct = 4
 	// forgetAfter is how long the words of a node that is not alive are kept.
 	forgetAfter = time.Minute
 )
@@ -124,9 +128,12 @@ func (m *Members) hear(w *word) {
 	}
 	m.words[w.topic()] = w
 	m.news[w.topic()] = struct{}{}
+	few := len(m.alive) <= direct
 	m.mu.Unlock()
 	m.stir()
-	m.spread(w)
+	if !few {
+		m.spread(w)
+	}
 }
 
 // strangeLocked counts the topics of nodes not known to be alive.

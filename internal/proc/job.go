@@ -269,6 +269,7 @@ func (j *job) runDetached(ctx context.Context, res chan<- *ending) {
 // start starts the shim and through it the program. It returns nil, or how the
 // attempt ended; nothing is left running then. lease 0 means none.
 func (j *job) start(io *jobIO, lease clock.Instant, dir *os.File) *ending {
+	began := time.Now()
 	v, err := j.m.vessel()
 	if err != nil {
 		return j.notStarted("cannot start the shim: "+err.Error(), jobapi.CodeFailed)
@@ -301,6 +302,7 @@ func (j *job) start(io *jobIO, lease clock.Instant, dir *os.File) *ending {
 	v.link.SetDeadline(time.Time{})
 	switch {
 	case err == nil && from.Started != 0:
+		j.m.count.starts.Observe(time.Since(began).Seconds())
 		j.mu.Lock()
 		j.rec.State, j.program = Running, from.Started
 		j.mu.Unlock()
@@ -405,6 +407,7 @@ func Errno(en syscall.Errno) string {
 func (j *job) notStarted(text string, code int) *ending {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	j.m.count.failed.Add(1)
 	j.rec.State, j.rec.Code, j.rec.End, j.rec.Text = Exited, code, j.m.cfg.Clock.Wall().UnixNano(), text
 	select {
 	case <-j.over:
@@ -465,6 +468,7 @@ func (j *job) secure() error {
 func (j *job) finish(e *ending) {
 	j.rec.State, j.rec.Code, j.rec.Signal, j.rec.Text, j.rec.End = e.State, e.Code, e.Signal, e.Text, j.m.cfg.Clock.Wall().UnixNano()
 	close(j.over)
+	j.m.count.ended(e.State)
 	r := j.rec
 	j.m.cfg.Registry.Put(r)
 }

@@ -60,9 +60,10 @@ const rendezvous = 10 * time.Second
 
 // Manager is the node manager.
 type Manager struct {
-	cfg ManagerConfig
-	exe int // O_PATH descriptor of the light binary
-	cg  *cgroups
+	cfg   ManagerConfig
+	count *counts
+	exe   int // O_PATH descriptor of the light binary
+	cg    *cgroups
 
 	ready chan *vessel // shims started ahead of their jobs
 
@@ -101,7 +102,7 @@ func NewManager(cfg ManagerConfig) (*Manager, error) {
 	if err != nil {
 		return nil, errs.Wrap(err, "open the program that starts jobs", cfg.Exe)
 	}
-	m := &Manager{cfg: cfg, exe: high, cg: &cgroups{}, ready: make(chan *vessel), jobs: map[ids.Job]*job{}, ended: map[ids.Job]JobRecord{}, slots: map[slotKey]*slot{}}
+	m := &Manager{cfg: cfg, count: newCounts(), exe: high, cg: &cgroups{}, ready: make(chan *vessel), jobs: map[ids.Job]*job{}, ended: map[ids.Job]JobRecord{}, slots: map[slotKey]*slot{}}
 	cfg.RPC.HandleStream(streamJob, m.serveJob)
 	cfg.RPC.HandleStream(streamIO, m.serveIO)
 	cfg.RPC.HandleStream(streamLogs, m.serveLogs)

@@ -17,6 +17,7 @@ import (
 type rawConn struct {
 	net.Conn
 	r     *bufio.Reader
+	count *counts      // of the endpoint
 	heard atomic.Int64 // when bytes last came, nanoseconds after base
 
 	mu   sync.Mutex // over w and held; held over writes to Conn, which close ends
@@ -30,8 +31,8 @@ var base = time.Now()
 
 func mono() int64 { return int64(time.Since(base)) }
 
-func newRawConn(c net.Conn, buffer int) *rawConn {
-	r := &rawConn{Conn: c, r: bufio.NewReaderSize(c, buffer), w: bufio.NewWriterSize(c, buffer)}
+func newRawConn(c net.Conn, buffer int, n *counts) *rawConn {
+	r := &rawConn{Conn: c, count: n, r: bufio.NewReaderSize(c, buffer), w: bufio.NewWriterSize(c, buffer)}
 	r.heard.Store(mono())
 	return r
 }
@@ -40,6 +41,7 @@ func (c *rawConn) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	if n > 0 {
 		c.heard.Store(mono())
+		c.count.heard.Add(uint64(n))
 	}
 	return n, err
 }
@@ -48,6 +50,7 @@ func (c *rawConn) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	n, err := c.w.Write(p)
+	c.count.sent.Add(uint64(n))
 	if err == nil && !c.held {
 		err = c.w.Flush()
 	}

@@ -73,6 +73,7 @@ type JoinHandler func(ctx context.Context, remote net.Addr, req []byte) (resp []
 // Endpoint is a node's end of all its connections.
 type Endpoint struct {
 	cfg    Config
+	count  counts
 	lis    net.Listener
 	ctx    context.Context // ends when Run does
 	cancel context.CancelCauseFunc
@@ -226,6 +227,7 @@ func (e *Endpoint) Call(ctx context.Context, to ids.Node, method string, req any
 	if r.err == nil {
 		r.err = r.hdr.Err.unpack()
 	}
+	tally(&e.count.made, method, r.err)
 	if r.err != nil {
 		return nil, r.err
 	}
@@ -287,6 +289,7 @@ func (e *Endpoint) handle(ctx context.Context, from ids.Node, method string, req
 		return nil, nil, errs.E(errs.NotSupported, method, e.cfg.Self.String(), "no such method")
 	}
 	resp, data, err := h(ctx, from, req, data)
+	tally(&e.count.served, method, err)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -325,7 +328,9 @@ func (e *Endpoint) Cast(to ids.Node, method string, req any, data []byte) error 
 		ok, closed := e.self.put(f, false)
 		return castError(method, to, ok, closed)
 	}
-	return e.peer(to).lanes[laneCast].cast(method, f)
+	err := e.peer(to).lanes[laneCast].cast(method, f)
+	tally(&e.count.cast, method, err)
+	return err
 }
 
 func castError(method string, to ids.Node, ok, closed bool) error {

@@ -225,7 +225,7 @@ func (e *Endpoint) connect(to ids.Node, kind laneKind) (*link, *yamux.Session, e
 	if err != nil {
 		return nil, nil, errs.E(errs.Unavailable, "connect", to.String(), "%w", err)
 	}
-	raw := newRawConn(c, kind.buffer())
+	raw := newRawConn(c, kind.buffer(), &e.count)
 	conn := tls.Client(raw, e.clientTLS(to, kind))
 	deadline, _ := ctx.Deadline()
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })

@@ -168,7 +168,7 @@ func TestAnswersNotRead(t *testing.T) {
 		return nil, big, nil
 	})
 	near, far := net.Pipe()
-	raw := newRawConn(near, 4096)
+	raw := newRawConn(near, 4096, &counts{})
 	l := e.newLink(2, laneCall, false, raw, raw)
 	done := make(chan struct{})
 	go func() { l.run(); close(done) }()
@@ -236,7 +236,7 @@ func FuzzLink(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte, lane uint8, dialled bool) {
 		near, far := net.Pipe()
-		raw := newRawConn(near, 4096)
+		raw := newRawConn(near, 4096, &counts{})
 		l := e.newLink(2, laneKind(lane%uint8(laneMux)), dialled, raw, raw)
 		sink := make(chan struct{})
 		go func() { io.Copy(io.Discard, far); close(sink) }()

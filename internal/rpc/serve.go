@@ -79,6 +79,7 @@ func (e *Endpoint) accept() error {
 		}
 		from := addrOf(c)
 		if !g.enter(from) {
+			e.count.refused.Add(1)
 			c.Close()
 			continue
 		}
@@ -104,9 +105,10 @@ func (e *Endpoint) serve(c net.Conn, conf *tls.Config, known func()) {
 	stop := context.AfterFunc(e.ctx, func() { c.Close() })
 	defer stop()
 	c.SetDeadline(time.Now().Add(handshakeLimit))
-	raw := newRawConn(c, laneCall.buffer())
+	raw := newRawConn(c, laneCall.buffer(), &e.count)
 	conn := tls.Server(raw, conf)
 	if err := conn.HandshakeContext(e.ctx); err != nil {
+		e.count.refused.Add(1)
 		e.cfg.Log.Debug("connection refused", "remote", c.RemoteAddr().String(), "err", err)
 		return
 	}
@@ -125,6 +127,7 @@ func (e *Endpoint) serve(c net.Conn, conf *tls.Config, known func()) {
 		return
 	}
 	if n := e.linksFrom(p.Node, kind); n >= maxLinksFrom {
+		e.count.refused.Add(1)
 		e.cfg.Log.Warn("connection refused: the peer has too many", "node", p.Node, "lane", alpn[kind], "links", n)
 		return
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/metric"
 	"github.com/unum-os/unum/internal/vice"
 	"github.com/unum-os/unum/internal/volume"
 	"github.com/unum-os/unum/internal/wire"
@@ -70,6 +71,7 @@ type Config struct {
 // Client is the cache of one volume on this node.
 type Client struct {
 	cfg     Config
+	count   counts
 	leader  atomic.Uint64 // last known, a hint
 	dirty   atomic.Int64  // bytes pending
 	record  atomic.Int64  // what is pending would take in a log record, without content
@@ -105,6 +107,7 @@ func New(cfg Config) *Client {
 		inodes: map[ids.Inode]*inode{}, dirtySet: map[*inode]struct{}{},
 		handles: map[uint64]*handle{}, flying: map[uint64]struct{}{},
 	}
+	c.count.ships = metric.Durations("unum_venus_ship_seconds", "Time to make durable what is pending, when something is.")
 	cfg.Peers.Handle(vice.MethodRecall, c.onRecall)
 	cfg.Peers.Handle(vice.MethodTakeover, c.onTakeover)
 	return c

@@ -236,6 +236,7 @@ func (c *Client) ensure(ctx context.Context, in *inode, n need, admit func()) (o
 		held := c.holds(in, mode)
 		switch {
 		case held && (!n.content || !in.gated || n.launder):
+			c.count.hits.Add(1)
 			in.used = clock.Now()
 			if n.content {
 				in.inflight++
@@ -260,6 +261,7 @@ func (c *Client) ensure(ctx context.Context, in *inode, n need, admit func()) (o
 		if inLine {
 			mode = vice.Write
 		}
+		c.count.misses.Add(1)
 		in.acquiring = true
 		in.expecting++
 		in.mu.Unlock()

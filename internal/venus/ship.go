@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
@@ -50,6 +52,7 @@ func (c *Client) ship(ctx context.Context) error {
 	if len(parcels) == 0 {
 		return nil
 	}
+	defer prometheus.NewTimer(c.count.ships).ObserveDuration()
 	// From here on it is not given up because one caller is: others rely on it.
 	ctx, cancel := steady(ctx)
 	defer cancel()
@@ -319,6 +322,7 @@ func (c *Client) lose(epoch uint64, why string) {
 		hs = append(hs, h)
 	}
 	c.mu.Unlock()
+	c.count.lost.Add(1)
 	c.cfg.Log.Warn("session lost", "session", uint64(old.id), "why", why)
 	c.cut.Lock()
 	hurt, locked := map[*inode]bool{}, map[*inode]bool{}

@@ -42,6 +42,7 @@ func (c *Client) Lookup(ctx context.Context, _ fusefs.Caller, parent ids.Inode, 
 			missing := ok && e.ino == 0 || !ok && d.complete
 			d.mu.Unlock()
 			if missing {
+				c.count.hits.Add(1)
 				return fusefs.Entry{}, errs.NotFound.Err()
 			}
 			if ok {
@@ -95,6 +96,7 @@ func (c *Client) lookupRemote(ctx context.Context, d *inode, name string) (fusef
 	d.mu.Lock()
 	d.expecting++
 	d.mu.Unlock()
+	c.count.misses.Add(1)
 	r, s, err := ask[vice.LookupReply](c, ctx, vice.MethodLookup, func(k vice.Caller) any {
 		return vice.LookupRequest{Caller: k, Parent: d.ino, Name: name}
 	})

@@ -340,6 +340,7 @@ func (s *Server) apply(ctx context.Context, from ids.Node, q *ApplyRequest) (App
 		return ApplyReply{}, err
 	}
 	removed()
+	s.count.done(q.Ops)
 	r := ApplyReply{Results: res.Ops}
 	l.mu.Lock()
 	recalls := l.answer(l.table.Unclaim(clock.Now(), claim))

@@ -11,6 +11,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/lease"
+	"github.com/unum-os/unum/internal/metric"
 	"github.com/unum-os/unum/internal/volume"
 	"github.com/unum-os/unum/internal/wire"
 )
@@ -59,6 +60,7 @@ type Config struct {
 type Server struct {
 	cfg   Config
 	nudge chan struct{}
+	count counts
 
 	mu   sync.Mutex
 	lead *leadership // nil while another leads
@@ -67,6 +69,7 @@ type Server struct {
 // New returns a server and registers its handlers; it serves once Run runs.
 func New(cfg Config) *Server {
 	s := &Server{cfg: cfg, nudge: make(chan struct{}, 1)}
+	s.count.recalls = metric.Durations("unum_vice_recall_seconds", "Time from a recall to the lease's being given back, by answer.")
 	handle(s, MethodOpen, s.open)
 	handle(s, MethodRenew, s.renew)
 	handle(s, MethodAcquire, s.acquire)
@@ -387,6 +390,7 @@ func (l *leadership) endSession(ss *session, why string) error {
 		return err
 	}
 	l.s.cfg.Log.Info("session ended", "session", uint64(ss.id), "node", ss.node.String(), "why", why)
+	l.s.count.ended.Add(1)
 	l.forget(ss.id)
 	return nil
 }
@@ -510,6 +514,7 @@ func (l *leadership) send(recalls []lease.Effect) {
 }
 
 func (l *leadership) recall(e lease.Effect) {
+	began := time.Now()
 	req := RecallRequest{Caller: Caller{Group: l.s.cfg.Group, Session: e.Session, Term: l.term}, Ino: e.Ino, Seq: e.Seq}
 	for l.ctx.Err() == nil {
 		var recalls []lease.Effect
@@ -533,6 +538,7 @@ func (l *leadership) recall(e lease.Effect) {
 		_, err := l.s.cfg.Peers.Call(ctx, ss.node, MethodRecall, req, nil, &r)
 		cancel()
 		if err == nil {
+			l.s.count.recalls.Observe(time.Since(began).Seconds())
 			l.mu.Lock()
 			recalls := l.released(e.Session, Held{Ino: e.Ino, Seq: e.Seq, Open: r.Open})
 			l.mu.Unlock()
