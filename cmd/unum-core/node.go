@@ -15,6 +15,7 @@ import (
 
 	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/control/cli"
+	"github.com/unum-os/unum/internal/health"
 	"github.com/unum-os/unum/internal/lab"
 	"github.com/unum-os/unum/internal/node"
 )
@@ -131,7 +132,8 @@ func statusCommand() *cobra.Command {
 			}
 			if asJSON {
 				if err := printJSON(map[string]any{"node": st.Node.String(), "cluster": st.Cluster, "mount": st.Mount, "addr": st.Addr,
-					"healthy": st.Problem == "", "problem": st.Problem, "nodes": toJSON(st)}); err != nil {
+					"healthy": st.Problem == "", "problem": st.Problem,
+					"conditions": append([]health.Condition{}, st.Conditions...), "nodes": toJSON(st)}); err != nil {
 					return err
 				}
 			} else {
@@ -139,8 +141,8 @@ func statusCommand() *cobra.Command {
 				if err := table(st); err != nil {
 					return err
 				}
-				if st.Problem != "" {
-					fmt.Printf("not healthy: %s\n", st.Problem)
+				for _, c := range st.Conditions {
+					fmt.Printf("%s %s: %s\n  try: %s\n", c.Severity, c.Code, c.Text, c.Remedy)
 				}
 			}
 			if st.Problem != "" {

@@ -13,9 +13,6 @@ import (
 const (
 	// ClockApart is the difference of clocks from which it is said.
 	ClockApart = time.Second
-	// CertificateLeft is what is left of a certificate when its node should have
-	// renewed it long ago: it begins to ask at 15 days.
-	CertificateLeft = 7 * 24 * time.Hour
 	// SpaceLeft is the space below which a disk is low: a few times what writers
 	// leave (96 MiB), so that there is time to act; on a small disk a twentieth.
 	SpaceLeft = 1 << 30
@@ -39,6 +36,7 @@ type Member struct {
 	Admitted bool
 	Stores   bool // keeps replicas and blocks
 	Witness  bool // votes, and keeps no state
+	Leaving  bool // its seat and its blocks are being taken over
 	Alive    bool
 	Silent   time.Duration // for how long it has been dead
 	Never    bool          // it has not been heard of since this node started
@@ -74,6 +72,7 @@ type Group struct {
 	LogBytes   int64
 	LogAim     int64               // what its log should not much exceed
 	Match      map[ids.Node]uint64 // on the leader: what each other replica has
+	Unreplaced []ids.Node          // voters silent for long whose seat nobody can take
 }
 
 func (g Group) subject() string { return fmt.Sprintf("group %d", g.ID) }
@@ -86,14 +85,16 @@ type Input struct {
 	Groups  []Group
 	Wanted  int // voters that so many members should have
 
+	Stores     bool // what this node is: only then the next four mean something
 	Session    bool
 	Leader     ids.Node // of the root volume
 	Mounted    bool
 	Missing    int           // copies of blocks
 	MissingFor time.Duration // for how long there have been any
 
-	Reserve, ReserveWhole int64 // bytes kept for the logs, now and wanted
-	Certificate           time.Duration
+	Reserve, ReserveWhole int64                      // bytes kept for the logs, now and wanted
+	Certificate           time.Duration              // that is left of it
+	Renewed               time.Duration              // that is left when it should have been renewed long ago
 	Clocks                map[ids.Node]time.Duration // how far ahead of this node's
 	Files, MaxFiles       uint64
 	Metrics               error // why they cannot be read
@@ -153,7 +154,7 @@ func (d *decision) membership() {
 	}
 	storing, witness := 0, false
 	for _, m := range d.in.Members {
-		if m.Stores {
+		if m.Stores && !m.Leaving {
 			storing++
 		}
 		witness = witness || m.Witness
@@ -196,13 +197,13 @@ func (d *decision) quorum(g Group) {
 func (d *decision) voters(g Group) {
 	in := d.in
 	vote := slices.Contains(g.Voters, in.Self)
-	if self := d.member(in.Self); self.Stores && !vote && len(g.Voters) < in.Wanted && g.Leader != 0 {
+	if self := d.member(in.Self); self.Stores && !self.Leaving && !vote && len(g.Voters) < in.Wanted && g.Leader != 0 {
 		d.say(NoVote, g.subject(), "", "%v has no vote in %s (%s) yet", in.Self, g.subject(), g.Name)
 	}
 	if len(g.Voters) > 0 && len(g.Voters) < in.Wanted {
 		var why []string
 		for _, m := range in.Members {
-			if m.Stores && !slices.Contains(g.Voters, m.ID) {
+			if m.Stores && !m.Leaving && !slices.Contains(g.Voters, m.ID) {
 				switch {
 				case !d.alive(m.ID):
 					why = append(why, m.name()+" is "+m.silence())
@@ -216,19 +217,13 @@ func (d *decision) voters(g Group) {
 		if len(why) == 0 {
 			why = append(why, "there is no other storing node")
 		}
-		d.say(FewVoters, g.subject(), "", "%s (%s) has %d voters, %d are wanted: %s", g.subject(), g.Name, len(g.Voters), in.Wanted, strings.Join(why, "; "))
+		d.say(FewVoters, g.subject(), "", "%s (%s) has %d of %d voters: %s", g.subject(), g.Name, len(g.Voters), in.Wanted, strings.Join(why, "; "))
 	}
 	if len(g.Voters) < 3 { // of two the survivor can change nothing: said above
 		return
 	}
-	for _, v := range g.Voters {
-		if d.alive(v) {
-			continue
-		}
-		spare := slices.ContainsFunc(in.Members, func(m Member) bool {
-			return m.Stores && d.alive(m.ID) && !slices.Contains(g.Voters, m.ID)
-		})
-		if !spare {
+	for _, v := range g.Unreplaced {
+		if !d.alive(v) {
 			d.say(NoReplacement, g.subject(), "", "%s votes in %s (%s) and is %s; there is no other storing node to take its place", d.member(v).name(), g.subject(), g.Name, d.member(v).silence())
 		}
 	}
@@ -252,6 +247,9 @@ func (d *decision) log(g Group) {
 // files is about the tree on this node.
 func (d *decision) files() {
 	in := d.in
+	if !in.Stores {
+		return // it has no tree
+	}
 	if !in.Session {
 		who := "the root volume has no leader"
 		if in.Leader != 0 {
@@ -274,6 +272,9 @@ func (d *decision) files() {
 // members is about the others, and all disks.
 func (d *decision) members() {
 	for _, m := range d.in.Members {
+		if !m.Stores && !m.Witness {
+			continue // clients come and go
+		}
 		if !d.alive(m.ID) {
 			d.say(MemberDead, m.ID.String(), fmt.Sprintf("unum up on %s, or see why the network does not reach it", m.name()), "%s is %s", m.name(), m.silence())
 			continue
@@ -324,7 +325,7 @@ func (d *decision) machine() {
 	switch left := in.Certificate; {
 	case left <= 0:
 		d.say(CertificateEnds, d.self(), "", "the certificate of %v ended %v ago", in.Self, (-left).Round(time.Minute))
-	case left < CertificateLeft:
+	case left < in.Renewed:
 		d.say(CertificateEnds, d.self(), "", "the certificate of %v ends in %v and has not been renewed", in.Self, left.Round(time.Minute))
 	}
 	if in.MaxFiles > 0 && in.Files > in.MaxFiles/10*9 {

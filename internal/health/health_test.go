@@ -16,8 +16,8 @@ import (
 
 // three is a sound cluster of three nodes as n1 sees it.
 func three() Input {
-	in := Input{Self: 1, Mount: "/unum", Wanted: 3, Session: true, Leader: 1, Mounted: true, Reserve: 64 << 20, ReserveWhole: 64 << 20,
-		Certificate: 20 * 24 * time.Hour, Files: 100, MaxFiles: 1024, Clocks: map[ids.Node]time.Duration{2: 0, 3: 10 * time.Millisecond}}
+	in := Input{Self: 1, Mount: "/unum", Wanted: 3, Stores: true, Session: true, Leader: 1, Mounted: true, Reserve: 64 << 20, ReserveWhole: 64 << 20,
+		Certificate: 20 * time.Hour, Renewed: 7 * time.Hour, Files: 100, MaxFiles: 1024, Clocks: map[ids.Node]time.Duration{2: 0, 3: 10 * time.Millisecond}}
 	for n := ids.Node(1); n <= 3; n++ {
 		in.Members = append(in.Members, Member{ID: n, Host: string("abc"[n-1]), Admitted: true, Stores: true, Alive: true, Free: 50 << 30, Disk: 100 << 30})
 	}
@@ -32,6 +32,17 @@ func three() Input {
 func (in *Input) die(n ids.Node, ago time.Duration) {
 	in.Members[n-1].Alive, in.Members[n-1].Silent = false, ago
 	delete(in.Clocks, n)
+}
+
+// bury says that nobody can take the seats of the dead voters.
+func (in *Input) bury() {
+	for i := range in.Groups {
+		for _, v := range in.Groups[i].Voters {
+			if int(v) > len(in.Members) || !in.Members[v-1].Alive {
+				in.Groups[i].Unreplaced = append(in.Groups[i].Unreplaced, v)
+			}
+		}
+	}
 }
 
 // shrink leaves the first n members, all voters.
@@ -64,7 +75,7 @@ func TestDecide(t *testing.T) {
 		{"one node", func(in *Input) { in.shrink(1) }, nil},
 		{"two nodes", func(in *Input) { in.shrink(2) }, []string{"two-nodes cluster;the death of either;unum token"}},
 		{"two nodes and a witness", func(in *Input) { in.Members[2].Stores, in.Members[2].Witness = false, true }, nil},
-		{"one of three is dead", func(in *Input) { in.die(3, 14*time.Second) },
+		{"one of three is dead", func(in *Input) { in.die(3, 14*time.Second); in.bury() },
 			[]string{"member-dead n3;n3 (c) is silent for 14s;unum up on n3 (c)", "no-replacement group 1;n3 (c) votes in group 1;add a storing node", "no-replacement group 2;"}},
 		{"one of three is dead and another could vote", func(in *Input) { in.die(3, time.Minute); in.grow() }, []string{"member-dead n3;"}},
 		{"never seen", func(in *Input) { in.die(3, 20*time.Second); in.Members[2].Never = true; in.grow() }, []string{"member-dead n3;not heard of in the 20s since this node started;"}},
@@ -72,11 +83,17 @@ func TestDecide(t *testing.T) {
 			in.die(2, 7*time.Second)
 			in.die(3, 14*time.Second)
 			in.Groups[1].Leader, in.Leader, in.Session = 0, 0, false
+			in.bury()
 		}, []string{"no-quorum group 2;1 of its 3 voters are alive; n2 (b) silent for 7s; n3 (c) silent for 14s;unum up on n2 (b), or unum up on n3 (c); 2 of 3 voters must be up",
 			"no-session n1;no leader;", "member-dead n2;", "member-dead n3;", "no-replacement group 1;", "no-replacement group 1;", "no-replacement group 2;", "no-replacement group 2;"}},
 		{"no quorum of two", func(in *Input) { in.shrink(2); in.die(2, 5*time.Second); in.Groups[0].Leader = 0 },
 			[]string{"no-quorum group 1;1 of its 2 voters are alive; n2 (b) silent for 5s;unum up on n2 (b): of two voters both must be up", "member-dead n2;", "two-nodes cluster;"}},
-		{"a voter that is no member any more", func(in *Input) { in.shrink(2); in.Groups[0].Voters = []ids.Node{1, 2, 9}; in.Groups[0].Leader = 0 },
+		{"a voter that is no member any more", func(in *Input) {
+			in.shrink(2)
+			in.Groups[0].Voters = []ids.Node{1, 2, 9}
+			in.Groups[0].Leader = 0
+			in.bury()
+		},
 			[]string{"no-quorum group 1;n9;", "no-replacement group 1;n9;", "two-nodes cluster;"}},
 		{"an election", func(in *Input) { in.Groups[1].Leader = 0 }, []string{"no-quorum group 2;electing;wait"}},
 		{"an election without end", func(in *Input) { in.Groups[1].Leader, in.Groups[1].Leaderless = 0, time.Minute },
@@ -86,13 +103,23 @@ func TestDecide(t *testing.T) {
 			in.Groups = []Group{{ID: 1}, {ID: 2}}
 		}, []string{"not-admitted n1;", "no-session n1;", "not-mounted /unum;;when there is a session"}},
 		{"no vote yet", func(in *Input) { in.Groups[1].Voters = []ids.Node{2, 3}; in.Groups[1].Leader = 2 },
-			[]string{"no-vote group 2;", "few-voters group 2;has 2 voters, 3 are wanted: n1 (a) has not caught up;"}},
+			[]string{"no-vote group 2;", "few-voters group 2;has 2 of 3 voters: n1 (a) has not caught up;"}},
 		{"few voters, dead", func(in *Input) { in.Groups[1].Voters = []ids.Node{1, 2}; in.die(3, 3*time.Second) },
-			[]string{"member-dead n3;", "few-voters group 2;n3 (c) is silent for 3s;", "no-replacement group 1;"}},
+			[]string{"member-dead n3;", "few-voters group 2;n3 (c) is silent for 3s;"}},
 		{"few voters, joining", func(in *Input) { in.Groups[1].Voters = []ids.Node{1, 2}; in.Members[2].Admitted = false },
 			[]string{"few-voters group 2;n3 (c) is joining;"}},
 		{"few voters, nobody", func(in *Input) { in.Groups[1].Voters = []ids.Node{1, 2}; in.Members[2].Stores = false },
 			[]string{"few-voters group 2;there is no other storing node;", "two-nodes cluster;"}},
+		{"a member leaves", func(in *Input) { in.shrink(2); in.Members = three().Members; in.Members[2].Leaving = true }, []string{"two-nodes cluster;"}},
+		{"this node leaves, and has given up its seat", func(in *Input) {
+			in.Members[0].Leaving, in.Wanted = true, 2
+			in.Groups[0].Voters, in.Groups[1].Voters = []ids.Node{2, 3}, []ids.Node{2, 3}
+		}, []string{"two-nodes cluster;"}},
+		{"a client is away", func(in *Input) { in.grow(); in.Members[3].Stores, in.Members[3].Alive = false, false }, nil},
+		{"a witness is dead", func(in *Input) { in.Members[2].Stores, in.Members[2].Witness = false, true; in.die(3, time.Second) }, []string{"member-dead n3;"}},
+		{"as a client sees it", func(in *Input) {
+			in.Members[0].Stores, in.Stores, in.Session, in.Mounted, in.Groups = false, false, false, false, nil
+		}, []string{"two-nodes cluster;"}},
 		{"no session with a leader", func(in *Input) { in.Session = false; in.Leader = 2 }, []string{"no-session n1;leader is n2 (b);"}},
 		{"not mounted", func(in *Input) { in.Mounted = false }, []string{"not-mounted /unum;/unum is not mounted on n1;see the daemon's log"}},
 		{"copies missing for a moment", func(in *Input) { in.Missing, in.MissingFor = 5, BlocksFor-1 }, nil},
@@ -103,7 +130,7 @@ func TestDecide(t *testing.T) {
 		{"a disk that is not known", func(in *Input) { in.Members[1].Disk, in.Members[1].Free = 0, 0 }, nil},
 		{"the disk of a dead member", func(in *Input) { in.die(2, 1); in.Members[1].Free = 0; in.grow() }, []string{"member-dead n2;"}},
 		{"the reserve is used", func(in *Input) { in.Reserve = 60 << 20 }, []string{"reserve-used n1;of 64 MiB kept;free space"}},
-		{"the certificate ends", func(in *Input) { in.Certificate = CertificateLeft - time.Hour }, []string{"certificate-ends n1;ends in 167h0m0s;"}},
+		{"the certificate ends", func(in *Input) { in.Certificate = 6 * time.Hour }, []string{"certificate-ends n1;ends in 6h0m0s;"}},
 		{"the certificate has ended", func(in *Input) { in.Certificate = -time.Hour }, []string{"certificate-ends n1;ended 1h0m0s ago;"}},
 		{"another's clock is ahead", func(in *Input) { in.Clocks[2] = 90 * time.Second }, []string{"clock-differs n2;clock of n2 (b) is 1m30s ahead of that of n1 (a);"}},
 		{"another's clock is behind", func(in *Input) { in.Clocks[2] = -2 * time.Second }, []string{"clock-differs n2;is 2s behind that of n1 (a);"}},

@@ -29,6 +29,7 @@ import (
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/load"
 	"github.com/unum-os/unum/internal/member"
+	"github.com/unum-os/unum/internal/metric"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/rpc"
@@ -79,6 +80,13 @@ type Node struct {
 	home      *proc.Home
 	meter     *load.Meter
 	loads     *load.Table
+	told      sched.Load // last, of publish only
+	toldAt    clock.Instant
+
+	metrics    *metric.Server
+	clocks     clocks
+	clockEvery time.Duration
+	leaderless map[ids.Group]*leaderless
 
 	known   atomic.Pointer[map[ids.Node]record.Member] // the record's members
 	stir    chan struct{}                              // holds one: the steward should look
@@ -115,7 +123,8 @@ func Open(cfg Config) (n *Node, err error) {
 	if err := cfg.ready(); err != nil {
 		return nil, err
 	}
-	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now(), grace: grace, stir: make(chan struct{}, 1)}
+	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now(), grace: grace, stir: make(chan struct{}, 1),
+		clockEvery: clockEvery, leaderless: map[ids.Group]*leaderless{}}
 	n.known.Store(&map[ids.Node]record.Member{})
 	var undo []func() error
 	defer func() {
@@ -175,6 +184,9 @@ func Open(cfg Config) (n *Node, err error) {
 	}
 	n.serveControl()
 	n.servePeers()
+	if n.metrics, err = n.newMetrics(); err != nil {
+		return nil, err
+	}
 	return n, nil
 }
 
@@ -213,6 +225,10 @@ func (n *Node) openGroups(undo *[]func() error) (err error) {
 	})
 	for _, g := range n.groups() {
 		g.Watch(func(group.Status) { n.nudge() })
+		l := &leaderless{}
+		n.leaderless[g.ID()] = l
+		g.Watch(l.watch)
+		l.watch(g.Status())
 	}
 	if n.members, err = member.New(member.Config{Self: n.id, RPC: n.ep, Log: n.part("member")}); err != nil {
 		return err
@@ -317,9 +333,9 @@ type part struct {
 
 // parts lists what runs on this node, in the order of starting.
 func (n *Node) parts() []part {
-	ps := []part{{"clock", n.followClock}, {"ballast", n.ballast.run}, {"rpc", n.ep.Run}}
+	ps := []part{{"clock", n.followClock}, {"ballast", n.ballast.run}, {"metrics", n.metrics.Run}, {"rpc", n.ep.Run}}
 	if n.host != nil {
-		ps = append(ps, part{partGroups, n.host.Run}, part{"members", n.members.Run})
+		ps = append(ps, part{partGroups, n.host.Run}, part{"members", n.members.Run}, part{"clocks", n.watchClocks})
 	}
 	ps = append(ps, part{"farewell", n.farewell})
 	if n.disk.Role != record.RoleStore {
@@ -643,9 +659,15 @@ func (n *Node) space() uint64 {
 	return least
 }
 
-// publish tells everybody this node's load.
+// publish notes this node's load, and tells everybody if it is news to them. Only
+// the load meter calls it.
 func (n *Node) publish(l sched.Load) {
-	n.loads.Put(clock.Now(), l)
+	now := clock.Now()
+	n.loads.Put(now, l)
+	if now.Sub(n.toldAt) < load.TellEvery-load.Every/2 && !load.Changed(n.told, l) {
+		return
+	}
+	n.told, n.toldAt = l, now
 	if err := n.members.Broadcast(wordLoad, wire.MustMarshal(l)); err != nil {
 		n.cfg.Log.Debug("load not told", "err", err)
 	}

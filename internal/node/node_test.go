@@ -44,11 +44,14 @@ func config(t *testing.T) Config {
 
 // start runs of a node what needs no root: all but the tree and the jobs. The
 // function it returns stops it, and is called at the end of the test at last.
-func start(t *testing.T, cfg Config) (*Node, func()) {
+func start(t *testing.T, cfg Config, change ...func(*Node)) (*Node, func()) {
 	t.Helper()
 	n, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, f := range change {
+		f(n)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	n.end = cancel

@@ -29,7 +29,7 @@ type memberList struct {
 // open lists what nodes that do not store may ask for, by role. Nodes that store
 // may ask for everything: they are trusted with all there is.
 var open = map[identity.Role][]string{
-	identity.RoleWitness: {methodSelf, methodMembers, methodRenew, methodForward, methodPropose, castRaft, streamSnap, member.Service},
+	identity.RoleWitness: {methodSelf, methodMembers, methodRenew, methodClock, methodForward, methodPropose, castRaft, streamSnap, member.Service},
 	identity.RoleClient:  {methodSelf, methodMembers, methodRenew, methodForward},
 }
 
@@ -41,6 +41,9 @@ func permit(role identity.Role, what string) bool {
 func (n *Node) servePeers() {
 	n.ep.Handle(methodSelf, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) { return n.self(), nil, nil })
 	n.ep.Handle(methodEntrust, n.serveEntrust)
+	n.ep.Handle(methodClock, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
+		return clockReply{n.cfg.Clock.Wall().UnixNano()}, nil, nil
+	})
 	n.ep.HandleJoin(n.serveDoor)
 	if n.disk.Role != record.RoleStore {
 		return

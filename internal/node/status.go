@@ -3,13 +3,13 @@ package node
 import (
 	"context"
 	"os"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/health"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
@@ -71,6 +71,8 @@ type Status struct {
 	Addr    string   `cbor:"4,keyasint"`
 	Peers   []Peer   `cbor:"5,keyasint"`
 	Problem string   `cbor:"6,keyasint,omitempty"` // what is missing, and what to do
+
+	Conditions []health.Condition `cbor:"7,keyasint,omitempty"` // all, the most severe first
 }
 
 // TokenRequest asks for a join token.
@@ -183,44 +185,11 @@ func (n *Node) status(ctx context.Context) Status {
 		})
 	}
 	wg.Wait()
-	if err := n.healthy(); err != nil {
+	st.Conditions = n.conditions()
+	if err := problem(n.id, st.Conditions); err != nil {
 		st.Problem = err.Error()
 	}
 	return st
-}
-
-// healthy returns nil when this node does all it is there for.
-func (n *Node) healthy() error {
-	m, ok := (*n.known.Load())[n.id]
-	if n.disk.Role == record.RoleClient {
-		if !ok || m.State != record.Active {
-			return errs.E(errs.Unavailable, "health", n.id.String(), "it is not admitted to the cluster yet, or no storing node answers")
-		}
-		return nil
-	}
-	r := n.root.Status()
-	alive := 0
-	for _, v := range r.Voters {
-		if n.members.IsAlive(v) {
-			alive++
-		}
-	}
-	switch {
-	case r.Leader == 0 && len(r.Voters) > 0:
-		return errs.E(errs.NoQuorum, "health", n.id.String(), "the root volume has no leader: %d of its %d storing nodes are alive", alive, len(r.Voters)).
-			WithRemedy("start the missing nodes (unum nodes lists them); a majority must be up")
-	case !ok || m.State == record.Joining || !m.State.Belongs():
-		return errs.E(errs.Unavailable, "health", n.id.String(), "it is not admitted to the cluster yet")
-	case n.disk.Role == record.RoleWitness:
-		return nil
-	case m.State == record.Active && !slices.Contains(r.Voters, n.id) && len(r.Voters) < n.seats():
-		return errs.E(errs.Unavailable, "health", n.id.String(), "it has no vote in the root volume's group yet")
-	case !n.venus.Ready():
-		return errs.E(errs.Unavailable, "health", n.id.String(), "it has no session with the root volume's leader, n%d", r.Leader)
-	case !n.mounted.Load():
-		return errs.E(errs.Unavailable, "health", n.id.String(), "%s is not mounted", n.cfg.Mount)
-	}
-	return nil
 }
 
 // seats returns how many votes the groups should have.
