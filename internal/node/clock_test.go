@@ -29,7 +29,7 @@ func TestWallJumpsBreakNothing(t *testing.T) {
 	}
 	n1, _ := start(t, cfg1)
 	settled(t, n1, 1)
-	tok, err := n1.token(ctx, &TokenRequest{Lifetime: int64(30 * time.Minute), Uses: 2})
+	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{Lifetime: int64(30 * time.Minute), Uses: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,7 +61,7 @@ func TestWallJumpsBreakNothing(t *testing.T) {
 				if _, err := n2.ep.Call(ctx, 1, methodSelf, struct{}{}, nil, nil); err != nil {
 					return false
 				}
-				if _, err := n2.token(ctx, &TokenRequest{}); err != nil {
+				if _, err := n2.token(asRoot(ctx, n2), &TokenRequest{}); err != nil {
 					t.Fatal(err)
 				}
 				if !n1.venus.Ready() || !n2.venus.Ready() {
@@ -122,7 +122,7 @@ func TestJumpPastTheCertificate(t *testing.T) {
 	}
 	n1, stop1 := start(t, cfg1)
 	settled(t, n1, 1)
-	tok, err := n1.token(ctx, &TokenRequest{})
+	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}

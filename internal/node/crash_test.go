@@ -164,7 +164,7 @@ func stories(t *testing.T) []*story {
 		{name: "join", step: 3, again: join, do: func(_ *testing.T, cfg Config, _ *atomic.Bool) ([]record.TokenID, error) {
 			return nil, join(cfg)
 		}, prime: func(t *testing.T, cfg Config) {
-			tok, err := host.token(t.Context(), &TokenRequest{}) // for one use
+			tok, err := host.token(asRoot(t.Context(), host), &TokenRequest{}) // for one use
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -191,7 +191,7 @@ func stories(t *testing.T) []*story {
 func twoTokens(_ *testing.T, cfg Config, dead *atomic.Bool) (acked []record.TokenID, err error) {
 	return acked, life(cfg, func(ctx context.Context, n *Node) error {
 		for range 2 {
-			r, err := n.token(ctx, &TokenRequest{})
+			r, err := n.token(asRoot(ctx, n), &TokenRequest{})
 			if err != nil {
 				return err
 			}

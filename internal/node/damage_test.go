@@ -329,7 +329,7 @@ func TestRepair(t *testing.T) {
 	defer cancel()
 	host, hcfg := founded(t)
 	token := func() string {
-		r, err := host.token(ctx, &TokenRequest{Uses: 10}) // said again after a crash, with another key
+		r, err := host.token(asRoot(ctx, host), &TokenRequest{Uses: 10}) // said again after a crash, with another key
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -39,7 +39,7 @@ func pair(t *testing.T, change ...func(*Node)) (*Node, *Node, func()) {
 	}
 	n1, _ := start(t, cfg, change...)
 	settled(t, n1, 1)
-	tok, err := n1.token(t.Context(), &TokenRequest{})
+	tok, err := n1.token(asRoot(t.Context(), n1), &TokenRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}

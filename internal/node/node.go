@@ -206,13 +206,6 @@ func (n *Node) openGroups(undo *[]func() error) (err error) {
 		return err
 	}
 	*undo = append(*undo, n.host.Close)
-	if lost := n.cfg.Without; lost != 0 {
-		for _, g := range n.host.Groups() {
-			if err := n.host.GoAlone(g, lost); err != nil {
-				return err
-			}
-		}
-	}
 	n.ep.HandleCast(castRaft, func(from ids.Node, _, data []byte) {
 		if err := n.host.Receive(from, data); err != nil {
 			n.cfg.Log.Debug("raft message refused", "from", from.String(), "err", err)

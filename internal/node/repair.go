@@ -66,7 +66,8 @@ func (c *Config) damagedBlocks(err error) error {
 
 // openHost opens the groups' host and both replicas with the machines. The
 // databases must be there: an empty one in the place of one that is lost would
-// know nothing of what was promised.
+// know nothing of what was promised. If the configuration says so, this node
+// becomes the only voter.
 func (c *Config) openHost(hc group.Config, rec, root group.Machine) (h *group.Host, a, b *group.Group, err error) {
 	for _, db := range []string{"raftlog", "state"} {
 		name := dirGroups + "/" + db
@@ -78,6 +79,13 @@ func (c *Config) openHost(hc group.Config, rec, root group.Machine) (h *group.Ho
 	}
 	if h, err = group.New(hc); err != nil {
 		return nil, nil, nil, c.damaged(dirGroups, err)
+	}
+	if c.Without != 0 {
+		for _, g := range h.Groups() {
+			if err := h.GoAlone(g, c.Without); err != nil {
+				return nil, nil, nil, errors.Join(err, h.Close())
+			}
+		}
 	}
 	open := func(id ids.Group, m group.Machine) *group.Group {
 		if err != nil {
