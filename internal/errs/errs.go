@@ -46,39 +46,60 @@ const (
 	numClasses
 )
 
+// The status codes of gRPC that classes map to. The numbers are gRPC's own;
+// they stand here because the light binary must not import it.
+const (
+	codeCanceled           = 1
+	codeUnknown            = 2
+	codeInvalidArgument    = 3
+	codeDeadlineExceeded   = 4
+	codeNotFound           = 5
+	codeAlreadyExists      = 6
+	codePermissionDenied   = 7
+	codeResourceExhausted  = 8
+	codeFailedPrecondition = 9
+	codeAborted            = 10
+	codeOutOfRange         = 11
+	codeUnimplemented      = 12
+	codeUnavailable        = 14
+	codeDataLoss           = 15
+	codeUnauthenticated    = 16
+)
+
 var table = [numClasses]struct {
 	name  string
 	errno syscall.Errno
+	code  uint32
 }{
-	Unknown:       {"unknown", syscall.EIO},
-	NotFound:      {"not found", syscall.ENOENT},
-	Exists:        {"exists", syscall.EEXIST},
-	NotDir:        {"not a directory", syscall.ENOTDIR},
-	IsDir:         {"is a directory", syscall.EISDIR},
-	NotEmpty:      {"directory not empty", syscall.ENOTEMPTY},
-	Permission:    {"not permitted", syscall.EPERM},
-	Invalid:       {"invalid", syscall.EINVAL},
-	TooLong:       {"name too long", syscall.ENAMETOOLONG},
-	Loop:          {"loop", syscall.ELOOP},
-	CrossVolume:   {"crosses volumes", syscall.EXDEV},
-	NoSpace:       {"no space", syscall.ENOSPC},
-	Stale:         {"stale", syscall.ESTALE},
-	NoQuorum:      {"no quorum", syscall.EIO},
-	NotLeader:     {"not the leader", syscall.EIO},
-	Unavailable:   {"unavailable", syscall.EIO},
-	Timeout:       {"timed out", syscall.EIO},
-	Corrupt:       {"corrupt", syscall.EIO},
-	Busy:          {"busy", syscall.EBUSY},
-	NotSupported:  {"not supported", syscall.EOPNOTSUPP},
-	NoData:        {"no such attribute", syscall.ENODATA},
-	IO:            {"input/output error", syscall.EIO},
-	Interrupted:   {"interrupted", syscall.EINTR},
-	NotExecutable: {"not executable", syscall.EACCES},
-	LockHeld:      {"locked by another", syscall.EAGAIN},
-	TooLarge:      {"too large", syscall.EFBIG},
-	Unauthorized:  {"not authorized", syscall.EACCES},
-	Range:         {"buffer too small", syscall.ERANGE},
-	NameTooOld:    {"presumption out of date", syscall.EAGAIN},
+	Unknown:       {"unknown", syscall.EIO, codeUnknown},
+	NotFound:      {"not found", syscall.ENOENT, codeNotFound},
+	Exists:        {"exists", syscall.EEXIST, codeAlreadyExists},
+	NotDir:        {"not a directory", syscall.ENOTDIR, codeFailedPrecondition},
+	IsDir:         {"is a directory", syscall.EISDIR, codeFailedPrecondition},
+	NotEmpty:      {"directory not empty", syscall.ENOTEMPTY, codeFailedPrecondition},
+	Permission:    {"not permitted", syscall.EPERM, codePermissionDenied},
+	Invalid:       {"invalid", syscall.EINVAL, codeInvalidArgument},
+	TooLong:       {"name too long", syscall.ENAMETOOLONG, codeInvalidArgument},
+	Loop:          {"loop", syscall.ELOOP, codeFailedPrecondition},
+	CrossVolume:   {"crosses volumes", syscall.EXDEV, codeFailedPrecondition},
+	NoSpace:       {"no space", syscall.ENOSPC, codeResourceExhausted},
+	Stale:         {"stale", syscall.ESTALE, codeAborted},
+	NoQuorum:      {"no quorum", syscall.EIO, codeUnavailable},
+	NotLeader:     {"not the leader", syscall.EIO, codeUnavailable},
+	Unavailable:   {"unavailable", syscall.EIO, codeUnavailable},
+	Timeout:       {"timed out", syscall.EIO, codeDeadlineExceeded},
+	Corrupt:       {"corrupt", syscall.EIO, codeDataLoss},
+	Busy:          {"busy", syscall.EBUSY, codeResourceExhausted},
+	NotSupported:  {"not supported", syscall.EOPNOTSUPP, codeUnimplemented},
+	NoData:        {"no such attribute", syscall.ENODATA, codeNotFound},
+	IO:            {"input/output error", syscall.EIO, codeDataLoss},
+	Interrupted:   {"interrupted", syscall.EINTR, codeCanceled},
+	NotExecutable: {"not executable", syscall.EACCES, codeFailedPrecondition},
+	LockHeld:      {"locked by another", syscall.EAGAIN, codeAborted},
+	TooLarge:      {"too large", syscall.EFBIG, codeOutOfRange},
+	Unauthorized:  {"not authorized", syscall.EACCES, codeUnauthenticated},
+	Range:         {"buffer too small", syscall.ERANGE, codeOutOfRange},
+	NameTooOld:    {"presumption out of date", syscall.EAGAIN, codeAborted},
 }
 
 // String returns the class's words.
@@ -95,6 +116,15 @@ func (c Class) Errno() syscall.Errno {
 		return syscall.EIO
 	}
 	return table[c].errno
+}
+
+// Code returns the status code of gRPC that stands for the class. Several classes
+// share one: whoever has the class goes by that.
+func (c Class) Code() uint32 {
+	if c >= numClasses {
+		return codeUnknown
+	}
+	return table[c].code
 }
 
 // Error is the error type: Op failed on Subject because of Err; Remedy, if any,

@@ -9,8 +9,8 @@ import (
 
 func TestEveryClassIsInTheTable(t *testing.T) {
 	for c := Class(0); c < numClasses; c++ {
-		if table[c].name == "" || table[c].errno == 0 {
-			t.Errorf("class %d has no words or no errno", c)
+		if table[c].name == "" || table[c].errno == 0 || table[c].code == 0 {
+			t.Errorf("class %d has no words, no errno, or no code", c)
 		}
 	}
 }
