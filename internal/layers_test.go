@@ -21,6 +21,7 @@ var layers = [][]string{
 	{"segment", "block"},
 	{"vice"},
 	{"control"},
+	{"control/api"},
 	{"fusefs"},
 	{"venus"},
 	{"load", "proc"},
@@ -83,5 +84,25 @@ func TestLayers(t *testing.T) {
 	}
 	if seen < len(rank) {
 		t.Fatalf("only %d packages seen", seen)
+	}
+}
+
+// TestLightFace keeps the binary that people start thousands of times light
+// (decision 0008): what the core is made of must not get into it.
+func TestLightFace(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", "github.com/unum-os/unum/cmd/unum").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	deps := strings.Fields(string(out))
+	if len(deps) < 50 {
+		t.Fatalf("only %d packages seen", len(deps))
+	}
+	for _, d := range deps {
+		for _, heavy := range []string{"google.golang.org/", "github.com/cockroachdb/", "go.etcd.io/", "github.com/spf13/", "github.com/prometheus/", "crypto/tls", "net/http"} {
+			if strings.HasPrefix(d, heavy) {
+				t.Errorf("cmd/unum comes to import %s", d)
+			}
+		}
 	}
 }

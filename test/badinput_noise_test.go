@@ -184,8 +184,11 @@ func noiseWorker(args []string) int {
 		{22, 3, 1, 0, 200, 1, 0, 0, 196, 3, 3}, // a TLS hello
 		[]byte("GET / HTTP/1.1\r\nHost: unum\r\n\r\n"), // a browser that lost its way
 		[]byte("SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"),   // and a shell
-		be.BigEndian.AppendUint64(nil, 1<<63|0xffff),   // a length of 64 bits
-		be.LittleEndian.AppendUint64(nil, 1<<31),       // and the other way round
+		[]byte("PRI * HTTP"),                           // half the preface of HTTP/2
+		[]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),     // all of it
+		[]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\xff\xff\xff\x01\x04\x00\x00\x00\x01"), // and a header list of 16 MiB
+		be.BigEndian.AppendUint64(nil, 1<<63|0xffff), // a length of 64 bits
+		be.LittleEndian.AppendUint64(nil, 1<<31),     // and the other way round
 	}
 	for _, shape := range shapes {
 		each(func(b []byte) {
@@ -230,8 +233,11 @@ func noiseWorker(args []string) int {
 		if err != nil {
 			continue // refused: that is one way to survive
 		}
-		if i%2 == 0 {
+		switch i % 4 {
+		case 0, 2:
 			c.Write([]byte{22}) // one byte of a hello that does not come
+		case 1:
+			c.Write([]byte{'P'}) // and of a preface
 		}
 		held = append(held, c)
 	}

@@ -11,9 +11,9 @@ import (
 
 	"github.com/unum-os/unum/internal/config"
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/control/cli"
 	"github.com/unum-os/unum/internal/daemon"
-	"github.com/unum-os/unum/internal/node"
 )
 
 // runningSettings returns what the daemon of this machine runs with; nil if none
@@ -25,7 +25,13 @@ func runningSettings(ctx context.Context) ([]config.Value, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	var vs []config.Value
-	err := cli.Call(ctx, control.Path(), node.VerbSettings, nil, &vs)
+	err := cli.Ask(ctx, control.Path(), func(c *api.Client) error {
+		r, err := c.Node.Config(ctx, &api.ConfigRequest{})
+		for _, s := range r.GetSettings() {
+			vs = append(vs, config.Value{Name: s.Name, Value: s.Value, Source: s.Source})
+		}
+		return err
+	})
 	return vs, err
 }
 

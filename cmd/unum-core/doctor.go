@@ -12,6 +12,7 @@ import (
 	"github.com/unum-os/unum/internal/config"
 	"github.com/unum-os/unum/internal/daemon"
 	"github.com/unum-os/unum/internal/doctor"
+	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/node"
 )
 
@@ -50,18 +51,18 @@ func askDaemon(ctx context.Context, m *doctor.Machine) {
 	}
 	m.DaemonAddr = st.Addr
 	m.Clocks = map[string]time.Duration{}
-	for _, p := range st.Peers {
-		if p.Self == nil || p.Member.ID == st.Node {
+	for _, p := range st.Members {
+		if p.Self == nil || p.Id == st.Node {
 			continue
 		}
 		// It answered between t0 and t1: what is outside of that is off for certain.
-		at, off := time.Unix(0, p.Self.WallNs), time.Duration(0)
+		at, off := p.Self.Clock.AsTime(), time.Duration(0)
 		if at.Before(t0) {
 			off = at.Sub(t0)
 		} else if at.After(t1) {
 			off = at.Sub(t1)
 		}
-		m.Clocks[p.Member.ID.String()] = off
+		m.Clocks[ids.Node(p.Id).String()] = off
 	}
 }
 

@@ -24,6 +24,14 @@ type coded int
 
 func (c coded) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
 
+// exit makes an error of an exit code about which all has been said.
+func exit(n int) error {
+	if n == 0 {
+		return nil
+	}
+	return coded(n)
+}
+
 func main() {
 	fusefs.GuardMain()
 	lab.InitMain()
@@ -49,7 +57,7 @@ one process table.`,
 	}
 	root.AddCommand(upCommand(), joinCommand(), witnessCommand(), downCommand(), tokenCommand(), statusCommand(), nodesCommand(),
 		configCommand(), doctorCommand(), versionCommand(), manCommand(), lab.Command(labHooks()))
-	root.AddCommand(jobCommands()...)
+	root.AddCommand(psCommand(), killCommand(), waitCommand(), logsCommand(), whyCommand())
 	root.AddCommand(lightCommands()...)
 	return root
 }

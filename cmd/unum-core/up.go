@@ -113,7 +113,7 @@ func (s *starting) load() (node.Config, error) {
 		}
 	}
 	c := node.Config{Without: lost, Role: s.role, Dir: l.Dir, Mount: l.Mount, Addr: l.Addr, Share: l.Share, Metrics: l.Metrics, Labels: l.Labels,
-		Settings: l.Values(), Socket: control.Path(), Log: logger(l.Settings), ClockFile: os.Getenv("UNUM_CLOCK_FILE")}
+		Settings: l.Values(), Build: version(), Socket: control.Path(), Log: logger(l.Settings), ClockFile: os.Getenv("UNUM_CLOCK_FILE")}
 	if c.Hostname, err = os.Hostname(); err != nil {
 		return c, err
 	}
@@ -190,7 +190,7 @@ func greeting(c node.Config) string {
 
 // askHealthy returns nil when the daemon behind the socket is healthy.
 func askHealthy(ctx context.Context, sock string) error {
-	return cli.Call(ctx, sock, node.VerbHealthy, nil, nil)
+	return cli.Healthy(ctx, sock)
 }
 
 // waitHealthy waits until the daemon is healthy, and tells each new reason why it

@@ -24,9 +24,18 @@ type Client struct {
 	path string
 }
 
-// Dial connects to the daemon behind path. Nobody listening is an error of class
-// Unavailable.
+// Dial connects to the daemon behind path, for frames.
 func Dial(ctx context.Context, path string) (*Client, error) {
+	c, err := Connect(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	return &Client{c: c, path: path}, nil
+}
+
+// Connect connects to the daemon behind path. Nobody listening is an error of
+// class Unavailable.
+func Connect(ctx context.Context, path string) (*net.UnixConn, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, dialTimeout)
@@ -44,7 +53,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 		}
 		return nil, (&errs.Error{Class: errs.Unavailable, Err: wrapped{why, path}}).WithRemedy("unum up")
 	}
-	return &Client{c: c.(*net.UnixConn), path: path}, nil
+	return c.(*net.UnixConn), nil
 }
 
 type wrapped struct {
@@ -63,7 +72,17 @@ func (c *Client) SetDeadline(t time.Time) error { return c.c.SetDeadline(t) }
 
 // Start sends a request. The files stay the caller's.
 func (c *Client) Start(verb string, body []byte, files ...*os.File) error {
-	return c.gone(writeFrame(c.c, frameRequest, wire.MustMarshal(request{verb, body}), files))
+	err := writeFrame(c.c, frameRequest, wire.MustMarshal(request{verb, body}), files)
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+		// The daemon has turned the connection away; what it said is still there.
+		if typ, b, files, rerr := readFrame(c.c, MaxFrame); rerr == nil {
+			closeAll(files)
+			if typ == frameError {
+				return decodeFailure(b)
+			}
+		}
+	}
+	return c.gone(err)
 }
 
 // Send sends a message to the request under way.

@@ -47,6 +47,8 @@ func (c Cred) Root() bool { return c.UID == 0 }
 type Config struct {
 	Path string       // of the socket; its directory is made if missing
 	Log  *slog.Logger // required
+	// First is how long a connection may stay without a request; 0 is 10 s.
+	First time.Duration
 }
 
 // Handler serves one request. It ends the answer by returning: nil is success.
@@ -57,7 +59,7 @@ type Handler func(ctx context.Context, c *Conn, req []byte) error
 type Server struct {
 	cfg      Config
 	handlers map[string]Handler
-	admin    map[string]bool
+	http2    func(ctx context.Context, l net.Listener) error // nil: frames only
 
 	mu    sync.Mutex
 	users map[uint32]int // connections per uid
@@ -66,16 +68,14 @@ type Server struct {
 
 // New returns a server; Run starts it.
 func New(cfg Config) *Server {
-	return &Server{cfg: cfg, handlers: map[string]Handler{}, admin: map[string]bool{}, users: map[uint32]int{}}
+	if cfg.First == 0 {
+		cfg.First = firstTimeout
+	}
+	return &Server{cfg: cfg, handlers: map[string]Handler{}, users: map[uint32]int{}}
 }
 
 // Handle registers h for verb, open to every user. Not after Run.
 func (s *Server) Handle(verb string, h Handler) { s.handlers[verb] = h }
-
-// HandleAdmin registers h for verb, for root and the daemon's own user only.
-func (s *Server) HandleAdmin(verb string, h Handler) {
-	s.handlers[verb], s.admin[verb] = h, true
-}
 
 // Run listens until ctx ends and returns when every handler has returned. A
 // daemon already behind the path is an error of class Busy.
@@ -84,33 +84,53 @@ func (s *Server) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	defer l.Close()
+	var h *hall
+	if s.http2 != nil {
+		h = newHall(l.Addr())
+		wg.Go(func() {
+			err := s.http2(ctx, h)
+			h.Close()
+			if err == nil {
+				err = errors.New("it ended by itself")
+			}
+			cancel(ended{err}) // nothing if ctx has ended already
+		})
+	}
 	for {
 		c, err := l.AcceptUnix()
 		if err != nil {
 			if ctx.Err() != nil {
-				return nil
+				return endOf(ctx)
 			}
 			// Out of descriptors or memory: the waiting client keeps its place in
 			// the backlog; try again when something may have been freed.
 			s.cfg.Log.Warn("accept failed", "err", err)
 			select {
 			case <-ctx.Done():
-				return nil
+				return endOf(ctx)
 			case <-time.After(100 * time.Millisecond):
 			}
 			continue
 		}
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			s.serve(ctx, c)
-		}()
+		wg.Go(func() { s.serve(ctx, h, c) })
 	}
+}
+
+// ended is the cause of Run's end when what serves HTTP/2 ended first.
+type ended struct{ error }
+
+func endOf(ctx context.Context) error {
+	if e, ok := context.Cause(ctx).(ended); ok {
+		return errs.Wrap(e.error, "serve HTTP/2", "")
+	}
+	return nil
 }
 
 func listen(path string) (*net.UnixListener, error) {
@@ -180,7 +200,8 @@ func (c *Conn) Files() []*os.File {
 	return f
 }
 
-func (s *Server) serve(ctx context.Context, nc *net.UnixConn) {
+// serve serves one connection, for HTTP/2 in the hall.
+func (s *Server) serve(ctx context.Context, h *hall, nc *net.UnixConn) {
 	defer nc.Close()
 	peer, err := peerCred(nc)
 	if err != nil {
@@ -193,12 +214,28 @@ func (s *Server) serve(ctx context.Context, nc *net.UnixConn) {
 		return
 	}
 	defer s.leave(peer.UID)
+	nc.SetReadDeadline(time.Now().Add(s.cfg.First))
+	if h != nil {
+		stop := context.AfterFunc(ctx, func() { nc.Close() })
+		first, err := peek(nc)
+		if !stop() || err != nil {
+			return
+		}
+		if first == preface[0] {
+			s.host(ctx, h, nc, peer)
+			return
+		}
+	}
+	s.serveFrames(ctx, c)
+}
+
+// serveFrames answers the requests of one connection, one after the other.
+func (s *Server) serveFrames(ctx context.Context, c *Conn) {
+	nc, peer := c.c, c.Peer
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
 	defer stop()
-
-	nc.SetReadDeadline(time.Now().Add(firstTimeout))
 	done := make(chan struct{})
 	defer func() {
 		cancel()
@@ -264,11 +301,8 @@ func (s *Server) serve(ctx context.Context, nc *net.UnixConn) {
 
 func (s *Server) dispatch(ctx context.Context, c *Conn, r request) error {
 	h := s.handlers[r.Verb]
-	switch {
-	case h == nil:
+	if h == nil {
 		return errs.E(errs.NotSupported, "", "", "the daemon does not know %q", r.Verb)
-	case s.admin[r.Verb] && !c.Peer.Root() && int(c.Peer.UID) != os.Geteuid():
-		return errs.E(errs.Permission, "", "", "only root may do this").WithRemedy("sudo unum %s", r.Verb)
 	}
 	return h(ctx, c, r.Body)
 }

@@ -29,11 +29,11 @@ func TestWallJumpsBreakNothing(t *testing.T) {
 	}
 	n1, _ := start(t, cfg1)
 	settled(t, n1, 1)
-	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{Lifetime: int64(30 * time.Minute), Uses: 2})
+	tok, err := n1.token(asRoot(ctx, n1), 2, 30*time.Minute, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Join(ctx, cfg2, cfg1.Addr, tok.Token); err != nil {
+	if err := Join(ctx, cfg2, cfg1.Addr, tok); err != nil {
 		t.Fatal(err)
 	}
 	n2, _ := start(t, cfg2)
@@ -61,7 +61,7 @@ func TestWallJumpsBreakNothing(t *testing.T) {
 				if _, err := n2.ep.Call(ctx, 1, methodSelf, struct{}{}, nil, nil); err != nil {
 					return false
 				}
-				if _, err := n2.token(asRoot(ctx, n2), &TokenRequest{}); err != nil {
+				if _, err := n2.token(asRoot(ctx, n2), 0, 0, 0); err != nil {
 					t.Fatal(err)
 				}
 				if !n1.venus.Ready() || !n2.venus.Ready() {
@@ -88,7 +88,7 @@ func TestWallJumpsBreakNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := Join(ctx, cfg3, cfg1.Addr, tok.Token); !errs.Has(err, errs.Unauthorized) {
+	if err := Join(ctx, cfg3, cfg1.Addr, tok); !errs.Has(err, errs.Unauthorized) {
 		t.Errorf("a token that ended half an hour ago: %v", err)
 	}
 	for _, c := range []*clock.Shifted{&c1, &c2} {
@@ -96,7 +96,7 @@ func TestWallJumpsBreakNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := Join(ctx, cfg3, cfg1.Addr, tok.Token); err != nil {
+	if err := Join(ctx, cfg3, cfg1.Addr, tok); err != nil {
 		t.Errorf("a token that holds again: %v", err)
 	}
 }
@@ -122,11 +122,11 @@ func TestJumpPastTheCertificate(t *testing.T) {
 	}
 	n1, stop1 := start(t, cfg1)
 	settled(t, n1, 1)
-	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{})
+	tok, err := n1.token(asRoot(ctx, n1), 0, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Join(ctx, cfg2, cfg1.Addr, tok.Token); err != nil {
+	if err := Join(ctx, cfg2, cfg1.Addr, tok); err != nil {
 		t.Fatal(err)
 	}
 	n2, stop2 := start(t, cfg2)

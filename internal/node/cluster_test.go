@@ -21,13 +21,13 @@ import (
 // join makes another node of n's cluster and starts it.
 func join(t *testing.T, ctx context.Context, n *Node, role record.Role) (*Node, Config, func()) {
 	t.Helper()
-	tok, err := n.token(asRoot(ctx, n), &TokenRequest{})
+	tok, err := n.token(asRoot(ctx, n), 0, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg := config(t)
 	cfg.Role = role
-	if err := Join(ctx, cfg, n.cfg.Addr, tok.Token); err != nil {
+	if err := Join(ctx, cfg, n.cfg.Addr, tok); err != nil {
 		t.Fatal(err)
 	}
 	m, stop := start(t, cfg)
@@ -118,18 +118,18 @@ func TestComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	voters(t, n2, 2)
-	if _, err := n2.token(asRoot(ctx, n2), &TokenRequest{}); err != nil {
+	if _, err := n2.token(asRoot(ctx, n2), 0, 0, 0); err != nil {
 		t.Fatal(err)
 	}
 	if err := n2.Leave(ctx, func(string) {}); !errs.Has(err, errs.Invalid) {
 		t.Fatalf("the last one leaves: %v", err)
 	}
 	// And a machine that left may come again, under a new number.
-	tok, err := n2.token(asRoot(ctx, n2), &TokenRequest{})
+	tok, err := n2.token(asRoot(ctx, n2), 0, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Join(ctx, cfg1, cfg2.Addr, tok.Token); err != nil {
+	if err := Join(ctx, cfg1, cfg2.Addr, tok); err != nil {
 		t.Fatal(err)
 	}
 	again, _ := start(t, cfg1)
@@ -194,13 +194,13 @@ func TestClientNode(t *testing.T) {
 		}
 	}
 	// What it joined by, asked again, does not make it more.
-	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{Role: record.RoleClient})
+	tok, err := n1.token(asRoot(ctx, n1), 0, 0, record.RoleClient)
 	if err != nil {
 		t.Fatal(err)
 	}
 	other := config(t)
 	other.Role = record.RoleStore
-	if err := Join(ctx, other, cfg1.Addr, tok.Token); !errs.Has(err, errs.Unauthorized) {
+	if err := Join(ctx, other, cfg1.Addr, tok); !errs.Has(err, errs.Unauthorized) {
 		t.Fatalf("a client's token makes a storing node: %v", err)
 	}
 	// Its certificate ends while it is off: its key opens the door.
@@ -261,7 +261,7 @@ func TestWitness(t *testing.T) {
 	lead, _ := n1.rec.Leader()
 	stop2() // with the leader or without
 	await(t, "the record is written again", func() bool {
-		_, err := n1.token(asRoot(ctx, n1), &TokenRequest{})
+		_, err := n1.token(asRoot(ctx, n1), 0, 0, 0)
 		return err == nil
 	})
 	t.Logf("n2 died, n%d led", lead)
@@ -328,7 +328,7 @@ func TestWithout(t *testing.T) {
 	n2, cfg2, stop2 := join(t, ctx, n1, record.RoleStore)
 	settled(t, n2, 2)
 	voters(t, n2, 1, 2)
-	if _, err := n2.token(asRoot(ctx, n2), &TokenRequest{Uses: 7}); err != nil {
+	if _, err := n2.token(asRoot(ctx, n2), 7, 0, 0); err != nil {
 		t.Fatal(err)
 	}
 	stop1()

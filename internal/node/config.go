@@ -37,6 +37,7 @@ type Config struct {
 	Exe      string            // the light binary, whose shim starts jobs
 	Metrics  string            // host:port for Prometheus; empty: none
 	Settings []settings.Value  // what it was started with, to be shown
+	Build    string            // what this program is: version and commit
 	Log      *slog.Logger
 
 	// Repair makes Join set a damaged node in Dir aside first.

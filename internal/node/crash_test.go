@@ -164,11 +164,11 @@ func stories(t *testing.T) []*story {
 		{name: "join", step: 3, again: join, do: func(_ *testing.T, cfg Config, _ *atomic.Bool) ([]record.TokenID, error) {
 			return nil, join(cfg)
 		}, prime: func(t *testing.T, cfg Config) {
-			tok, err := host.token(asRoot(t.Context(), host), &TokenRequest{}) // for one use
+			tok, err := host.token(asRoot(t.Context(), host), 0, 0, 0) // for one use
 			if err != nil {
 				t.Fatal(err)
 			}
-			tokens[cfg.Addr] = tok.Token
+			tokens[cfg.Addr] = tok
 		}},
 		// The first start writes the record as well.
 		{name: "first start", step: 4, do: twoTokens, prime: func(t *testing.T, cfg Config) {
@@ -191,11 +191,11 @@ func stories(t *testing.T) []*story {
 func twoTokens(_ *testing.T, cfg Config, dead *atomic.Bool) (acked []record.TokenID, err error) {
 	return acked, life(cfg, func(ctx context.Context, n *Node) error {
 		for range 2 {
-			r, err := n.token(asRoot(ctx, n), &TokenRequest{})
+			r, err := n.token(asRoot(ctx, n), 0, 0, 0)
 			if err != nil {
 				return err
 			}
-			tok, err := identity.ParseToken(r.Token)
+			tok, err := identity.ParseToken(r)
 			if err != nil {
 				return err
 			}

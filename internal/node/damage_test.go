@@ -329,11 +329,11 @@ func TestRepair(t *testing.T) {
 	defer cancel()
 	host, hcfg := founded(t)
 	token := func() string {
-		r, err := host.token(asRoot(ctx, host), &TokenRequest{Uses: 10}) // said again after a crash, with another key
+		r, err := host.token(asRoot(ctx, host), 10, 0, 0) // said again after a crash, with another key
 		if err != nil {
 			t.Fatal(err)
 		}
-		return r.Token
+		return r
 	}
 	m := newDisk()
 	m.SetSize(64 << 20) // room for a block beside the reserve

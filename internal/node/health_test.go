@@ -39,12 +39,12 @@ func pair(t *testing.T, change ...func(*Node)) (*Node, *Node, func()) {
 	}
 	n1, _ := start(t, cfg, change...)
 	settled(t, n1, 1)
-	tok, err := n1.token(asRoot(t.Context(), n1), &TokenRequest{})
+	tok, err := n1.token(asRoot(t.Context(), n1), 0, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg2 := config(t)
-	if err := Join(t.Context(), cfg2, cfg.Addr, tok.Token); err != nil {
+	if err := Join(t.Context(), cfg2, cfg.Addr, tok); err != nil {
 		t.Fatal(err)
 	}
 	n2, stop := start(t, cfg2, change...)

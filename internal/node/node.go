@@ -22,6 +22,7 @@ import (
 	"github.com/unum-os/unum/internal/block"
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/fusefs"
 	"github.com/unum-os/unum/internal/group"
@@ -68,6 +69,7 @@ type Node struct {
 	record  *recordClient
 	members *member.Members // nil on a client node
 	ctl     *control.Server
+	calls   *api.Server
 
 	volumeKey [32]byte
 	jobs      *registry
@@ -169,7 +171,9 @@ func Open(cfg Config) (n *Node, err error) {
 		cancel()
 		return ep.Run(ctx)
 	})
-	n.ctl = control.New(control.Config{Path: cfg.Socket, Log: n.part("control")})
+	n.ctl, n.calls = control.New(control.Config{Path: cfg.Socket, Log: n.part("control")}), api.NewServer(0)
+	n.ctl.HandleImage()
+	n.ctl.HandleHTTP2(n.calls.Serve)
 	n.ballast = openBallast(cfg.FS, cfg.path(fileBallast), n.part("ballast"))
 	if n.disk.Role != record.RoleClient {
 		if err := n.openGroups(&undo); err != nil {
@@ -182,7 +186,7 @@ func Open(cfg Config) (n *Node, err error) {
 			return nil, err
 		}
 	}
-	n.serveControl()
+	api.RegisterNodeServer(n.calls, &nodeAPI{n: n})
 	n.servePeers()
 	if n.metrics, err = n.newMetrics(); err != nil {
 		return nil, err
@@ -258,7 +262,7 @@ func (n *Node) openStore(undo *[]func() error) (err error) {
 	}
 	n.home = proc.NewHome(proc.HomeConfig{Self: n.id, RPC: n.ep, Registry: n.jobs, Log: n.part("home"), Place: n.place,
 		Resolve: n.byName, Members: n.members.Alive, Host: n.hostname, Explain: explain, Clock: cfg.Clock})
-	n.home.Register(n.ctl)
+	n.home.Register(n.ctl, n.calls)
 	n.meter = load.New(load.Config{Node: n.id, Dir: cfg.Dir, Share: cfg.Share, Log: n.part("load")})
 	n.members.OnBroadcast(wordLoad, func(from ids.Node, b []byte) {
 		var l sched.Load

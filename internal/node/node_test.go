@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
@@ -153,12 +154,12 @@ func TestCertificateIsRenewed(t *testing.T) {
 		t.Fatalf("the disk has one that ends at %v", n1.holder.NotAfter())
 	}
 
-	tok, err := n1.token(asRoot(ctx, n1), &TokenRequest{})
+	tok, err := n1.token(asRoot(ctx, n1), 0, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg2 := config(t)
-	if err := Join(ctx, cfg2, cfg1.Addr, tok.Token); err != nil {
+	if err := Join(ctx, cfg2, cfg1.Addr, tok); err != nil {
 		t.Fatal(err)
 	}
 	n2, stop2 := start(t, cfg2)
@@ -221,13 +222,13 @@ func TestStrangersWriteNothing(t *testing.T) {
 		t.Errorf("strangers wrote %d entries", after-before)
 	}
 	// The same with a token gets in; the reply can be had again.
-	tok, err := n.token(asRoot(ctx, n), &TokenRequest{})
+	tok, err := n.token(asRoot(ctx, n), 0, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg2 := config(t)
 	for range 2 {
-		if err := Join(ctx, cfg2, cfg.Addr, tok.Token); err != nil {
+		if err := Join(ctx, cfg2, cfg.Addr, tok); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Remove(cfg2.path(fileNode)); err != nil { // as though it had been cut off before
@@ -324,5 +325,17 @@ func TestLongJobsAreTold(t *testing.T) {
 			!strings.HasPrefix(long, j.Text) || len(j.Text) != record.MaxText-1 || j.Name != j.Text || len(j.Cwd) != record.MaxPath {
 			t.Fatalf("job %d: %v, argv %d words, %d bytes; text %d, name %d, directory %d", j.ID, j.State, len(j.Argv), size, len(j.Text), len(j.Name), len(j.Cwd))
 		}
+	}
+}
+
+// TestRolesAreTheAPIs: the numbers of roles are the same there.
+func TestRolesAreTheAPIs(t *testing.T) {
+	for n, name := range api.Role_name {
+		if r := record.Role(n).String(); n != 0 && !strings.EqualFold(r, name) {
+			t.Errorf("role %d is %s here, %s there", n, r, name)
+		}
+	}
+	if next := record.Role(len(api.Role_name)).String(); next != "unknown" {
+		t.Errorf("the API lacks the role %s", next)
 	}
 }

@@ -3,28 +3,22 @@ package node
 import (
 	"context"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
-	"github.com/unum-os/unum/internal/health"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/quorum"
 	"github.com/unum-os/unum/internal/record"
-	"github.com/unum-os/unum/internal/wire"
-)
-
-// Verbs of the control socket.
-const (
-	VerbStatus  = "status"  // -> Status
-	VerbToken   = "token"   // TokenRequest -> TokenReply; root only
-	VerbHealthy = "healthy" // -> nothing, or an error that says what is not
-
-	VerbSettings = "settings" // -> []config.Value of package config, what the daemon was started with
 )
 
 // GroupStatus is one replicated group as one node sees it.
@@ -54,39 +48,18 @@ type Self struct {
 	WallNs   int64         `cbor:"10,keyasint" json:"wall_ns"`        // its clock when it answered, since 1970
 }
 
-// Peer is a member as the asked node sees it. Self is nil if it does not answer.
-type Peer struct {
-	Member record.Member `cbor:"1,keyasint"`
-	Alive  bool          `cbor:"2,keyasint"`
-	Self   *Self         `cbor:"3,keyasint,omitempty"`
-	Load   float64       `cbor:"4,keyasint"` // runnable jobs for each CPU
-	CPUs   float64       `cbor:"5,keyasint"`
+// nodeAPI is the service Node of the control API.
+type nodeAPI struct {
+	api.UnimplementedNodeServer
+	n *Node
 }
 
-// Status is the cluster as this node sees it.
-type Status struct {
-	Node    ids.Node `cbor:"1,keyasint"`
-	Cluster string   `cbor:"2,keyasint"`
-	Mount   string   `cbor:"3,keyasint"`
-	Addr    string   `cbor:"4,keyasint"`
-	Peers   []Peer   `cbor:"5,keyasint"`
-	Problem string   `cbor:"6,keyasint,omitempty"` // what is missing, and what to do
-
-	Conditions []health.Condition `cbor:"7,keyasint,omitempty"` // all, the most severe first
+func (a *nodeAPI) Status(ctx context.Context, _ *api.StatusRequest) (*api.StatusResponse, error) {
+	return a.n.status(ctx), nil
 }
 
-// TokenRequest asks for a join token.
-type TokenRequest struct {
-	Uses     uint32 `cbor:"1,keyasint"`
-	Lifetime int64  `cbor:"2,keyasint"` // nanoseconds
-
-	Role record.Role `cbor:"3,keyasint,omitempty"` // what they may become; 0: anything
-}
-
-// TokenReply gives it, and the address to join at.
-type TokenReply struct {
-	Token string `cbor:"1,keyasint"`
-	Addr  string `cbor:"2,keyasint"`
+func (a *nodeAPI) Healthy(context.Context, *api.HealthyRequest) (*api.HealthyResponse, error) {
+	return &api.HealthyResponse{}, a.n.healthy()
 }
 
 // caller is the principal for which this node vouches when a local process asks.
@@ -108,38 +81,25 @@ func asker(ctx context.Context) (principal.Principal, error) {
 	return who, nil
 }
 
-// answer registers a verb whose whole answer is one message. Its context says
-// who asks.
-func answer[Q any](n *Node, verb string, admin bool, f func(ctx context.Context, q *Q) (any, error)) {
-	reg := n.ctl.Handle
-	if admin {
-		reg = n.ctl.HandleAdmin
+func (a *nodeAPI) Token(ctx context.Context, req *api.TokenRequest) (*api.TokenResponse, error) {
+	if _, ok := api.Role_name[int32(req.Role)]; !ok {
+		return nil, errs.E(errs.Invalid, "", "", "role %d: there is no such role", req.Role)
 	}
-	reg(verb, func(ctx context.Context, c *control.Conn, req []byte) error {
-		var q Q
-		if len(req) > 0 {
-			if err := wire.Unmarshal(req, &q); err != nil {
-				return err
-			}
-		}
-		r, err := f(principal.NewContext(ctx, n.caller(c.Peer)), &q)
-		if err != nil {
-			return err
-		}
-		b, err := wire.Marshal(r)
-		if err != nil {
-			return err
-		}
-		return c.Send(b)
-	})
+	ctx = principal.NewContext(ctx, a.n.caller(api.Peer(ctx)))
+	t, err := a.n.token(ctx, req.Uses, req.Lifetime.AsDuration(), record.Role(req.Role))
+	return &api.TokenResponse{Token: t, Addr: a.n.disk.Addr}, err
 }
 
-func (n *Node) serveControl() {
-	n.ctl.HandleImage()
-	answer(n, VerbStatus, false, func(ctx context.Context, _ *struct{}) (any, error) { return n.status(ctx), nil })
-	answer(n, VerbHealthy, false, func(ctx context.Context, _ *struct{}) (any, error) { return struct{}{}, n.healthy() })
-	answer(n, VerbSettings, false, func(context.Context, *struct{}) (any, error) { return n.cfg.Settings, nil })
-	answer(n, VerbToken, true, func(ctx context.Context, q *TokenRequest) (any, error) { return n.token(ctx, q) })
+func (a *nodeAPI) Version(context.Context, *api.VersionRequest) (*api.VersionResponse, error) {
+	return &api.VersionResponse{Major: api.Major, Minor: api.Minor, Build: api.Text(a.n.cfg.Build), Go: runtime.Version()}, nil
+}
+
+func (a *nodeAPI) Config(context.Context, *api.ConfigRequest) (*api.ConfigResponse, error) {
+	r := &api.ConfigResponse{}
+	for _, v := range a.n.cfg.Settings {
+		r.Settings = append(r.Settings, &api.Setting{Name: v.Name, Value: api.Text(v.Value), Source: api.Text(v.Source)})
+	}
+	return r, nil
 }
 
 // self describes this node.
@@ -158,20 +118,19 @@ func (n *Node) self() Self {
 }
 
 // status asks all members for a moment.
-func (n *Node) status(ctx context.Context) Status {
-	st := Status{Node: n.id, Cluster: n.disk.Cluster, Mount: n.cfg.Mount, Addr: n.disk.Addr}
-	ms := n.current()
-	st.Peers = make([]Peer, len(ms))
+func (n *Node) status(ctx context.Context) *api.StatusResponse {
+	st := &api.StatusResponse{Node: uint64(n.id), Cluster: api.Text(n.disk.Cluster), Mount: api.Text(n.cfg.Mount), Addr: api.Text(n.disk.Addr)}
 	loads := n.loads.Snapshot(clock.Now())
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	var wg sync.WaitGroup
-	for i, m := range ms {
-		p := &st.Peers[i]
-		p.Member, p.Alive = m, n.alive(m.ID)
+	for _, m := range n.current() {
+		p := &api.Member{Id: uint64(m.ID), Hostname: api.Text(m.Hostname), Addr: api.Text(m.Addr), State: m.State.String(), Role: m.Role.String(),
+			Alive: n.alive(m.ID)}
+		st.Members = append(st.Members, p)
 		for _, l := range loads {
 			if l.Node == m.ID {
-				p.Load, p.CPUs = l.PerCPU(), l.CPUs
+				p.LoadPerCpu, p.Cpus = l.PerCPU(), l.CPUs
 			}
 		}
 		if !p.Alive {
@@ -180,16 +139,35 @@ func (n *Node) status(ctx context.Context) Status {
 		wg.Go(func() {
 			var s Self
 			if _, err := n.ep.Call(ctx, m.ID, methodSelf, struct{}{}, nil, &s); err == nil {
-				p.Self = &s
+				p.Self = s.api()
 			}
 		})
 	}
 	wg.Wait()
-	st.Conditions = n.conditions()
-	if err := problem(n.id, st.Conditions); err != nil {
-		st.Problem = err.Error()
+	for _, c := range n.conditions() {
+		st.Conditions = append(st.Conditions, &api.Condition{Code: string(c.Code), Severity: string(c.Severity), Subject: api.Text(c.Subject), Text: api.Text(c.Text), Remedy: api.Text(c.Remedy)})
+	}
+	if err := n.healthy(); err != nil {
+		st.Problem = api.Text(err.Error())
 	}
 	return st
+}
+
+// api is what a node says of itself as the control API shows it.
+func (s *Self) api() *api.Self {
+	p := &api.Self{Mounted: s.Mounted, Session: s.Session, MissingBlocks: int64(s.Missing), FreeBytes: s.Free, Jobs: int64(s.Jobs),
+		Whole: s.Whole, Uptime: durationpb.New(time.Duration(s.UptimeNs)), Clock: timestamppb.New(time.Unix(0, s.WallNs))}
+	for _, g := range s.Groups {
+		q := &api.Group{Id: uint64(g.Group), Role: api.Text(g.Role), Leader: uint64(g.Leader), Term: g.Term, Applied: g.Applied, Joint: g.Joint}
+		for _, v := range g.Voters {
+			q.Voters = append(q.Voters, uint64(v))
+		}
+		for _, l := range g.Learners {
+			q.Learners = append(q.Learners, uint64(l))
+		}
+		p.Groups = append(p.Groups, q)
+	}
+	return p
 }
 
 // seats returns how many votes the groups should have.
@@ -202,25 +180,26 @@ func (n *Node) seats() int {
 	return quorum.Seats(storing, witness)
 }
 
-// token makes a join token and puts its hash into the record.
-func (n *Node) token(ctx context.Context, q *TokenRequest) (TokenReply, error) {
-	if q.Uses == 0 {
-		q.Uses = 1
+// token makes a join token and puts its hash into the record. No uses are one, no
+// life is a day, no role is store.
+func (n *Node) token(ctx context.Context, uses uint32, life time.Duration, role record.Role) (string, error) {
+	if uses == 0 {
+		uses = 1
 	}
-	if q.Lifetime <= 0 {
-		q.Lifetime = int64(24 * time.Hour)
+	if life <= 0 {
+		life = 24 * time.Hour
 	}
-	if q.Role == 0 {
-		q.Role = record.RoleStore
+	if role == 0 {
+		role = record.RoleStore
 	}
 	who, err := asker(ctx)
 	if err != nil {
-		return TokenReply{}, err
+		return "", err
 	}
 	t, err := identity.NewToken(n.holder.Trust().Fingerprint())
 	if err != nil {
-		return TokenReply{}, err
+		return "", err
 	}
-	_, err = n.record.do(ctx, record.Command{Who: who, AddToken: &record.Token{ID: t.ID(), Uses: q.Uses, Expires: n.cfg.Clock.Wall().UnixNano() + q.Lifetime, Role: q.Role}})
-	return TokenReply{Token: t.String(), Addr: n.disk.Addr}, err
+	_, err = n.record.do(ctx, record.Command{Who: who, AddToken: &record.Token{ID: t.ID(), Uses: uses, Expires: n.cfg.Clock.Wall().UnixNano() + int64(life), Role: role}})
+	return t.String(), err
 }

@@ -7,65 +7,16 @@ import (
 	"sync"
 	"time"
 
-	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/wire"
 )
 
-// Verbs of the control socket about jobs, with their requests and answers.
-const (
-	VerbPS   = "ps"   // PSReq, one PSResp
-	VerbKill = "kill" // KillReq, nothing
-	VerbWait = "wait" // JobReq, one WaitResp
-	VerbLogs = "logs" // LogsReq, Log messages
-	VerbWhy  = "why"  // JobReq, one WhyResp
-)
-
-// PSReq asks for the jobs of the cluster.
-type PSReq struct {
-	All bool `cbor:"1,keyasint,omitempty"` // also those that have ended
-}
-
-// PSResp answers it.
+// PSResp are the jobs of the cluster.
 type PSResp struct {
-	Jobs   []JobInfo  `cbor:"1,keyasint"`
-	Silent []ids.Node `cbor:"2,keyasint,omitempty"` // members that did not answer
-	Record string     `cbor:"3,keyasint,omitempty"` // why the record could not be read, if so
-}
-
-// KillReq asks for a signal.
-type KillReq struct {
-	Job    ids.Job `cbor:"1,keyasint"`
-	Signal int     `cbor:"2,keyasint"`
-}
-
-// JobReq names a job.
-type JobReq struct {
-	Job  ids.Job `cbor:"1,keyasint"`
-	JSON bool    `cbor:"2,keyasint,omitempty"`
-}
-
-// WaitResp tells how a job ended.
-type WaitResp struct {
-	Record JobRecord `cbor:"1,keyasint"`
-}
-
-// LogsReq asks for the output of a detached job.
-type LogsReq struct {
-	Job    ids.Job `cbor:"1,keyasint"`
-	Follow bool    `cbor:"2,keyasint,omitempty"`
-}
-
-// Log is a piece of output.
-type Log struct {
-	FD   int    `cbor:"1,keyasint"`
-	Data []byte `cbor:"2,keyasint"`
-}
-
-// WhyResp is the explanation of a placement.
-type WhyResp struct {
-	Text string `cbor:"1,keyasint"`
+	Jobs   []JobInfo
+	Silent []ids.Node // members that did not answer
+	Record string     // why the record could not be read, if so
 }
 
 // PS collects the jobs of all live nodes and what the record knows beside them.
@@ -139,30 +90,19 @@ func (h *Home) locate(ctx context.Context, id ids.Job) (JobRecord, error) {
 	return r, err
 }
 
-func (h *Home) servePS(ctx context.Context, c *control.Conn, req []byte) error {
-	var r PSReq
-	if err := wire.Unmarshal(req, &r); err != nil {
-		return err
-	}
-	return c.Send(wire.MustMarshal(h.PS(ctx, r.All)))
-}
-
-func (h *Home) serveKill(ctx context.Context, c *control.Conn, req []byte) error {
-	var r KillReq
-	if err := wire.Unmarshal(req, &r); err != nil {
-		return err
-	}
+// Kill signals a job for a user.
+func (h *Home) Kill(ctx context.Context, id ids.Job, signal int, uid uint32) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*askTimeout)
 	defer cancel()
-	rec, err := h.locate(ctx, r.Job)
+	rec, err := h.locate(ctx, id)
 	if err != nil {
 		return err
 	}
 	// A lost one may live: its node was perhaps only cut off.
 	if rec.State.Finished() && rec.State != Lost {
-		return errs.E(errs.NotFound, "", "", "job %d has ended (%v)", r.Job, rec.State)
+		return errs.E(errs.NotFound, "", "", "job %d has ended (%v)", id, rec.State)
 	}
-	_, err = h.cfg.RPC.Call(ctx, rec.Node, methodKill, killReq{r.Job, r.Signal, c.Peer.UID}, nil, nil)
+	_, err = h.cfg.RPC.Call(ctx, rec.Node, methodKill, killReq{id, signal, uid}, nil, nil)
 	return errs.Wrap(err, "", "")
 }
 
@@ -216,51 +156,41 @@ func (h *Home) Wait(ctx context.Context, id ids.Job) (JobRecord, error) {
 	return rec, nil
 }
 
-func (h *Home) serveWait(ctx context.Context, c *control.Conn, req []byte) error {
-	var r JobReq
-	if err := wire.Unmarshal(req, &r); err != nil {
-		return err
-	}
-	rec, err := h.Wait(ctx, r.Job)
-	if err != nil {
-		return err
-	}
-	return c.Send(wire.MustMarshal(WaitResp{rec}))
-}
-
-func (h *Home) serveLogs(ctx context.Context, c *control.Conn, req []byte) error {
-	var r LogsReq
-	if err := wire.Unmarshal(req, &r); err != nil {
-		return err
-	}
-	rec, err := h.locate(ctx, r.Job)
+// Logs gives what a detached job has written, piece by piece (fd is 1 or 2), to
+// the user it belongs to; with follow until the job ends. Data is out's until it
+// returns.
+func (h *Home) Logs(ctx context.Context, id ids.Job, uid uint32, follow bool, out func(fd int, data []byte) error) error {
+	rec, err := h.locate(ctx, id)
 	if err != nil {
 		return err
 	}
 	if !rec.Detached {
-		return errs.E(errs.NotFound, "", "", "job %d was not detached: its output went to its caller", r.Job)
+		return errs.E(errs.NotFound, "", "", "job %d was not detached: its output went to its caller", id)
 	}
 	dctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	conn, err := h.cfg.RPC.Dial(dctx, rec.Node, streamLogs)
 	cancel()
 	if err != nil {
-		return errs.Wrap(err, "", fmt.Sprintf("output of job %d is on node %s", r.Job, h.nodeName(rec.Node)))
+		return errs.Wrap(err, "", fmt.Sprintf("output of job %d is on node %s", id, h.nodeName(rec.Node)))
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	t := &talk{Conn: conn}
-	if err := t.send(logsReq{r.Job, c.Peer.UID, r.Follow}); err != nil {
+	if err := t.send(logsReq{id, uid, follow}); err != nil {
 		return errs.Wrap(err, "", h.nodeName(rec.Node))
 	}
 	for {
 		f, err := wire.ReadFrame(conn, maxMessage)
-		if err != nil {
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
 			return errs.E(errs.Unavailable, "", "", "node %s went silent", h.nodeName(rec.Node))
 		}
 		switch f.Type {
 		case logOut, logErr:
-			if err := c.Send(wire.MustMarshal(Log{int(f.Type), f.Body})); err != nil {
+			if err := out(int(f.Type), f.Body); err != nil {
 				return err
 			}
 		case logEnd:
@@ -275,24 +205,16 @@ func (h *Home) serveLogs(ctx context.Context, c *control.Conn, req []byte) error
 	}
 }
 
-func (h *Home) serveWhy(ctx context.Context, c *control.Conn, req []byte) error {
-	var r JobReq
-	if err := wire.Unmarshal(req, &r); err != nil {
-		return err
+// Why explains the placement of a job.
+func (h *Home) Why(ctx context.Context, id ids.Job, asJSON bool) (string, error) {
+	rec, err := h.locate(ctx, id)
+	switch {
+	case err != nil:
+		return "", err
+	case len(rec.Receipt) > 0:
+		return h.cfg.Explain(rec.Receipt, asJSON)
+	case asJSON:
+		return fmt.Sprintf("{\"job\": %d, \"chosen\": %q, \"reason\": \"named by its user\"}\n", id, rec.Node), nil
 	}
-	rec, err := h.locate(ctx, r.Job)
-	if err != nil {
-		return err
-	}
-	if len(rec.Receipt) == 0 {
-		if r.JSON {
-			return c.Send(wire.MustMarshal(WhyResp{fmt.Sprintf("{\"job\": %d, \"chosen\": %q, \"reason\": \"named by its user\"}\n", r.Job, rec.Node)}))
-		}
-		return c.Send(wire.MustMarshal(WhyResp{fmt.Sprintf("job %d was placed on %s because its user named that node.\n", r.Job, h.nodeName(rec.Node))}))
-	}
-	text, err := h.cfg.Explain(rec.Receipt, r.JSON)
-	if err != nil {
-		return err
-	}
-	return c.Send(wire.MustMarshal(WhyResp{text}))
+	return fmt.Sprintf("job %d was placed on %s because its user named that node.\n", id, h.nodeName(rec.Node)), nil
 }

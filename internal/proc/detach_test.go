@@ -156,7 +156,7 @@ func TestOrphans(t *testing.T) {
 			t.Errorf("%+v, %v", j, err)
 		}
 	}
-	if err := r.ask(VerbKill, KillReq{Job: id, Signal: 9}, nil); err != nil {
+	if err := r.kill(id, 9); err != nil {
 		t.Error(err)
 	}
 	r.wait(id)
@@ -180,13 +180,13 @@ func TestLostButAlive(t *testing.T) {
 		j, _ := r.home.Wait(ctx, id)
 		waited <- j
 	}()
-	if err := r.ask(VerbKill, KillReq{Job: id, Signal: 15}, nil); err != nil {
+	if err := r.kill(id, 15); err != nil {
 		t.Error(err)
 	}
 	if j := <-waited; j.State != Exited || j.ExitCode() != 143 {
 		t.Errorf("%+v", j)
 	}
-	if err := r.ask(VerbKill, KillReq{Job: id, Signal: 15}, nil); !errs.Has(err, errs.NotFound) {
+	if err := r.kill(id, 15); !errs.Has(err, errs.NotFound) {
 		t.Errorf("%v", err)
 	}
 	// One that nobody has any more is lost, at once.

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/wire"
@@ -300,7 +301,9 @@ func (r *rig) up() {
 		Explain: func(b []byte, json bool) (string, error) { return string(b), nil },
 	})
 	s := control.New(control.Config{Path: r.sock, Log: log})
-	r.home.Register(s)
+	calls := api.NewServer(0)
+	s.HandleHTTP2(calls.Serve)
+	r.home.Register(s, calls)
 	wg.Add(1)
 	ready := make(chan struct{})
 	go func() {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/proc/jobapi"
@@ -453,14 +454,11 @@ func (r *run) again() {
 	}
 }
 
-// Register makes the verbs about jobs known to the node's control socket.
-func (h *Home) Register(s *control.Server) {
+// Register makes commands known to the node's control socket: running them, which
+// needs descriptors, by frames, everything else by the API.
+func (h *Home) Register(s *control.Server, a *api.Server) {
 	s.Handle(jobapi.Verb, h.serveRun)
-	s.Handle(VerbPS, h.servePS)
-	s.Handle(VerbKill, h.serveKill)
-	s.Handle(VerbWait, h.serveWait)
-	s.Handle(VerbLogs, h.serveLogs)
-	s.Handle(VerbWhy, h.serveWhy)
+	api.RegisterJobsServer(a, &jobsAPI{h: h})
 }
 
 // serveRun runs one command for a command line.

@@ -5,52 +5,70 @@ import (
 	"context"
 	"io"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
-	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/wire"
 )
 
-func (r *rig) ask(verb string, req, resp any) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	c, err := control.Dial(ctx, r.sock)
+// client is a client of the rig's home.
+func (r *rig) client() *api.Client {
+	r.t.Helper()
+	c, err := api.Dial(context.Background(), r.sock)
 	if err != nil {
-		return err
+		r.t.Fatal(err)
 	}
-	defer c.Close()
-	b, err := c.Call(ctx, verb, wire.MustMarshal(req))
-	if err != nil || resp == nil {
-		return err
+	r.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func (r *rig) kill(id ids.Job, sig int32) error {
+	_, err := r.client().Jobs.Kill(r.ctx(), &api.KillRequest{Job: uint64(id), Signal: sig})
+	return err
+}
+
+// ctx bounds a question, so that a test ends.
+func (r *rig) ctx() context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	r.t.Cleanup(cancel)
+	return ctx
+}
+
+func (r *rig) list(all bool) (jobs []*api.Job, last *api.ListJobsResponse, parts int) {
+	r.t.Helper()
+	l, err := r.client().Jobs.List(r.ctx(), &api.ListJobsRequest{All: all})
+	for err == nil {
+		var p *api.ListJobsResponse
+		if p, err = l.Recv(); err == nil {
+			jobs, last = append(jobs, p.Jobs...), p
+			parts++
+		}
 	}
-	return wire.Unmarshal(b, resp)
+	if err != io.EOF {
+		r.t.Fatal(err)
+	}
+	return jobs, last, parts
 }
 
 func TestVerbs(t *testing.T) {
 	r := newRig(t)
 	id := r.detach("sh", "-c", "echo one; while [ ! -e "+r.dirs[2]+"/go ]; do sleep 0.02; done; echo two; exit 3")
-	var ps PSResp
-	if err := r.ask(VerbPS, PSReq{}, &ps); err != nil || len(ps.Jobs) != 1 || ps.Jobs[0].Record.Job != id || ps.Jobs[0].RSS == 0 || ps.Jobs[0].Record.State != Running {
-		t.Errorf("%v, %+v", err, ps)
+	if jobs, _, _ := r.list(false); len(jobs) != 1 || jobs[0].Id != uint64(id) || jobs[0].RssBytes == 0 || jobs[0].State != api.Job_RUNNING || jobs[0].End != nil {
+		t.Errorf("%+v", jobs)
 	}
-	c, err := control.Dial(context.Background(), r.sock)
+	c := r.client()
+	logs, err := c.Jobs.Logs(r.ctx(), &api.LogsRequest{Job: uint64(id), Follow: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
-	c.Start(VerbLogs, wire.MustMarshal(LogsReq{Job: id, Follow: true}))
 	var out bytes.Buffer
 	next := func() error {
-		b, _, err := c.Recv()
-		var l Log
-		if err == nil {
-			err = wire.Unmarshal(b, &l)
-			out.Write(l.Data)
-		}
+		p, err := logs.Recv()
+		out.Write(p.GetData())
 		return err
 	}
 	if err := next(); err != nil || out.String() != "one\n" {
@@ -63,33 +81,68 @@ func TestVerbs(t *testing.T) {
 	if err != io.EOF || out.String() != "one\ntwo\n" {
 		t.Errorf("%v, %q", err, out.String())
 	}
-	var w WaitResp
-	if err := r.ask(VerbWait, JobReq{Job: id}, &w); err != nil || w.Record.ExitCode() != 3 {
-		t.Errorf("%v, %+v", err, w)
+	w, err := c.Jobs.Wait(r.ctx(), &api.WaitRequest{Job: uint64(id)})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := r.ask(VerbPS, PSReq{}, &ps); err != nil || len(ps.Jobs) != 0 {
-		t.Errorf("%v, %+v", err, ps)
+	if rec := RecordOf(w.Job); rec.ExitCode() != 3 || rec.Job != id || rec.Start == 0 || rec.End < rec.Start {
+		t.Errorf("%+v", rec)
 	}
-	ps = PSResp{}
-	if err := r.ask(VerbPS, PSReq{All: true}, &ps); err != nil || len(ps.Jobs) != 1 {
-		t.Errorf("%v, %+v", err, ps)
+	if jobs, _, _ := r.list(false); len(jobs) != 0 {
+		t.Errorf("%+v", jobs)
 	}
-	var why WhyResp
-	if err := r.ask(VerbWhy, JobReq{Job: id}, &why); err != nil || why.Text != "receipt" {
+	if jobs, _, _ := r.list(true); len(jobs) != 1 || jobs[0].End == nil {
+		t.Errorf("%+v", jobs)
+	}
+	if why, err := c.Jobs.Why(r.ctx(), &api.WhyRequest{Job: uint64(id)}); err != nil || why.Text != "receipt" {
 		t.Errorf("%v, %+v", err, why)
 	}
-	if err := r.ask(VerbKill, KillReq{Job: id, Signal: 15}, nil); !errs.Has(err, errs.NotFound) {
+	if err := r.kill(id, 15); !errs.Has(err, errs.NotFound) {
 		t.Errorf("%v", err)
 	}
-	if err := r.ask(VerbWait, JobReq{Job: 777}, nil); !errs.Has(err, errs.NotFound) {
+	if err := r.kill(id, 65); !errs.Has(err, errs.Invalid) {
+		t.Errorf("%v", err)
+	}
+	if _, err := c.Jobs.Wait(r.ctx(), &api.WaitRequest{Job: 777}); !errs.Has(err, errs.NotFound) {
 		t.Errorf("%v", err)
 	}
 	// A node that does not answer is named, and the record stands in for it.
 	r.f.down.Store(true)
 	r.reg.Put(JobRecord{Job: 500, Incarnation: 1, Node: 2, State: Running})
-	ps = PSResp{}
-	if err := r.ask(VerbPS, PSReq{}, &ps); err != nil || len(ps.Jobs) != 1 || len(ps.Silent) != 1 || ps.Silent[0] != 2 {
-		t.Errorf("%v, %+v", err, ps)
+	if jobs, last, _ := r.list(false); len(jobs) != 1 || len(last.Silent) != 1 || last.Silent[0] != 2 {
+		t.Errorf("%+v, %+v", jobs, last)
+	}
+}
+
+// TestLongList: a list that exceeds a message comes in parts, whatever the jobs
+// are called.
+func TestLongList(t *testing.T) {
+	r := newRig(t)
+	const n = 30
+	for i := range n {
+		r.reg.Put(JobRecord{Job: ids.Job(1000 + i), Incarnation: 1, Node: 2, State: Exited, Name: "\xff", Text: "\xfe",
+			Argv: [][]byte{bytes.Repeat([]byte{0xff}, 300<<10)}})
+	}
+	jobs, _, parts := r.list(true)
+	if len(jobs) != n || parts < 2 {
+		t.Errorf("%d jobs in %d parts", len(jobs), parts)
+	}
+	for _, j := range jobs {
+		if len(j.Argv) != 1 || len(j.Argv[0]) != 300<<10 || j.Name != "\uFFFD" {
+			t.Fatalf("job %d: %q", j.Id, j.Name)
+		}
+	}
+}
+
+// TestStatesAreTheAPIs: the numbers of states are the same there.
+func TestStatesAreTheAPIs(t *testing.T) {
+	for n, name := range api.Job_State_name {
+		if s := State(n).String(); n != 0 && !strings.EqualFold(s, name) || n == 0 && s != "unknown" {
+			t.Errorf("state %d is %s here, %s there", n, s, name)
+		}
+	}
+	if len(api.Job_State_name) != 1+int(Killed) || State(Killed+1).String() != "unknown" {
+		t.Error("a state is missing there, or this test is behind")
 	}
 }
 

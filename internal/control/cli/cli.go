@@ -21,12 +21,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/proc/jobapi"
-	"github.com/unum-os/unum/internal/wire"
 )
 
 // askTimeout bounds the questions that are answered at once.
@@ -43,19 +42,23 @@ func Fail(errOut io.Writer, verb string, err error) int {
 	return jobapi.CodeFailed
 }
 
-// Call asks the daemon one question: req and resp (nil for none) are CBOR
-// structs.
-func Call(ctx context.Context, sock, verb string, req, resp any) error {
-	c, err := control.Dial(ctx, sock)
+// Ask dials the daemon for one question, which has its answer when f returns.
+func Ask(ctx context.Context, sock string, f func(c *api.Client) error) error {
+	c, err := api.Dial(ctx, sock)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	b, err := c.Call(ctx, verb, wire.MustMarshal(req))
-	if err != nil || resp == nil {
+	return f(c)
+}
+
+// Healthy returns nil if the node does all it is there for, and otherwise what is
+// wrong with it.
+func Healthy(ctx context.Context, sock string) error {
+	return Ask(ctx, sock, func(c *api.Client) error {
+		_, err := c.Node.Healthy(ctx, &api.HealthyRequest{})
 		return err
-	}
-	return wire.Unmarshal(b, resp)
+	})
 }
 
 // ParseJob reads a job number, with or without a leading %.
@@ -89,16 +92,30 @@ type row struct {
 func PS(ctx context.Context, sock string, out, errOut io.Writer, asJSON, all bool) int {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	var resp proc.PSResp
-	if err := Call(ctx, sock, proc.VerbPS, proc.PSReq{All: all}, &resp); err != nil {
+	var jobs []*api.Job
+	var last *api.ListJobsResponse
+	err := Ask(ctx, sock, func(c *api.Client) error {
+		parts, err := c.Jobs.List(ctx, &api.ListJobsRequest{All: all})
+		for err == nil {
+			var p *api.ListJobsResponse
+			if p, err = parts.Recv(); err == nil {
+				jobs, last = append(jobs, p.Jobs...), p
+			}
+		}
+		if err == io.EOF {
+			err = nil
+		}
+		return err
+	})
+	if err != nil {
 		return Fail(errOut, "ps", err)
 	}
 	names := map[uint32]string{}
-	rows := make([]row, 0, len(resp.Jobs))
-	for _, j := range resp.Jobs {
-		r := &j.Record
+	rows := make([]row, 0, len(jobs))
+	for _, j := range jobs {
+		r := proc.RecordOf(j)
 		w := row{ID: uint64(r.Job), Node: r.Node.String(), Home: r.Home.String(), State: r.State.String(), Incarnation: uint64(r.Incarnation),
-			User: userName(names, r.UID), Name: r.Name, Command: command(r.Argv), CPU: float64(j.CPU) / 1e9, RSS: j.RSS,
+			User: userName(names, r.UID), Name: r.Name, Command: command(r.Argv), CPU: float64(r.CPU) / 1e9, RSS: j.RssBytes,
 			Started: stamp(r.Start), Detached: r.Detached}
 		if r.State.Finished() {
 			code := r.ExitCode()
@@ -106,11 +123,11 @@ func PS(ctx context.Context, sock string, out, errOut io.Writer, asJSON, all boo
 		}
 		rows = append(rows, w)
 	}
-	for _, n := range resp.Silent {
-		fmt.Fprintf(errOut, "unum: ps: node %v does not answer: its running jobs are shown as the record knows them\n", n)
+	for _, n := range last.GetSilent() {
+		fmt.Fprintf(errOut, "unum: ps: node %v does not answer: its running jobs are shown as the record knows them\n", ids.Node(n))
 	}
-	if resp.Record != "" {
-		fmt.Fprintf(errOut, "unum: ps: the record cannot be read, ended and lost jobs are missing: %s\n", resp.Record)
+	if p := last.GetRecordProblem(); p != "" {
+		fmt.Fprintf(errOut, "unum: ps: the record cannot be read, ended and lost jobs are missing: %s\n", p)
 	}
 	if asJSON {
 		e := json.NewEncoder(out)
@@ -124,7 +141,7 @@ func PS(ctx context.Context, sock string, out, errOut io.Writer, asJSON, all boo
 	fmt.Fprintln(tw, "ID\tNODE\tHOME\tSTATE\tUSER\tCPU\tRSS\tSTARTED\tCOMMAND")
 	for i, w := range rows {
 		fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", w.ID, w.Node, w.Home, w.State, w.User,
-			cpuTime(w.CPU), size(w.RSS), since(resp.Jobs[i].Record.Start), short(w.Command))
+			cpuTime(w.CPU), size(w.RSS), since(jobs[i].Start.AsTime()), short(w.Command))
 	}
 	if err := tw.Flush(); err != nil {
 		return Fail(errOut, "ps", err)
@@ -181,8 +198,8 @@ func stamp(ns int64) string {
 	return time.Unix(0, ns).Format(time.RFC3339Nano)
 }
 
-func since(ns int64) string {
-	t := time.Unix(0, ns)
+func since(t time.Time) string {
+	t = t.Local()
 	if time.Since(t) < 20*time.Hour {
 		return t.Format("15:04:05")
 	}
@@ -239,7 +256,10 @@ func Kill(ctx context.Context, sock string, errOut io.Writer, signal string, job
 		id, err := ParseJob(s)
 		if err == nil {
 			c, cancel := context.WithTimeout(ctx, askTimeout)
-			err = Call(c, sock, proc.VerbKill, proc.KillReq{Job: id, Signal: sig}, nil)
+			err = Ask(c, sock, func(a *api.Client) error {
+				_, err := a.Jobs.Kill(c, &api.KillRequest{Job: uint64(id), Signal: int32(sig)})
+				return err
+			})
 			cancel()
 		}
 		if err != nil {
@@ -259,11 +279,14 @@ func Wait(ctx context.Context, sock string, errOut io.Writer, job string) int {
 	if err != nil {
 		return Fail(errOut, "wait", err)
 	}
-	var w proc.WaitResp
-	if err := Call(ctx, sock, proc.VerbWait, proc.JobReq{Job: id}, &w); err != nil {
+	var w *api.WaitResponse
+	if err := Ask(ctx, sock, func(c *api.Client) (err error) {
+		w, err = c.Jobs.Wait(ctx, &api.WaitRequest{Job: uint64(id)})
+		return err
+	}); err != nil {
 		return Fail(errOut, "wait", err)
 	}
-	r := &w.Record
+	r := proc.RecordOf(w.Job)
 	switch {
 	case r.State == proc.Lost:
 		fmt.Fprintf(errOut, "unum: wait: job %d is lost: %s\n", id, r.Text)
@@ -281,39 +304,35 @@ func Logs(ctx context.Context, sock string, out, errOut io.Writer, follow bool, 
 	if err != nil {
 		return Fail(errOut, "logs", err)
 	}
-	c, err := control.Dial(ctx, sock)
-	if err != nil {
-		return Fail(errOut, "logs", err)
-	}
-	defer c.Close()
-	stop := context.AfterFunc(ctx, func() { c.Close() })
-	defer stop()
-	if err := c.Start(proc.VerbLogs, wire.MustMarshal(proc.LogsReq{Job: id, Follow: follow})); err != nil {
-		return Fail(errOut, "logs", err)
-	}
-	for {
-		b, _, err := c.Recv()
-		if err == io.EOF {
-			return 0
-		}
-		var l proc.Log
-		if err == nil {
-			err = wire.Unmarshal(b, &l)
-		}
+	err = Ask(ctx, sock, func(c *api.Client) error {
+		pieces, err := c.Jobs.Logs(ctx, &api.LogsRequest{Job: uint64(id), Follow: follow})
 		if err != nil {
-			if ctx.Err() != nil {
-				return jobapi.CodeFailed
+			return err
+		}
+		for {
+			p, err := pieces.Recv()
+			if err == io.EOF {
+				return nil
 			}
-			return Fail(errOut, "logs", err)
+			if err != nil {
+				return err
+			}
+			w := out
+			if p.Fd == 2 {
+				w = errOut
+			}
+			if _, err := w.Write(p.Data); err != nil {
+				return err
+			}
 		}
-		w := out
-		if l.FD == 2 {
-			w = errOut
-		}
-		if _, err := w.Write(l.Data); err != nil {
-			return Fail(errOut, "logs", err)
-		}
+	})
+	switch {
+	case err == nil:
+		return 0
+	case ctx.Err() != nil:
+		return jobapi.CodeFailed
 	}
+	return Fail(errOut, "logs", err)
 }
 
 // Why is `unum why JOB`: why it runs where it runs, in prices.
@@ -324,8 +343,11 @@ func Why(ctx context.Context, sock string, out, errOut io.Writer, asJSON bool, j
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	var w proc.WhyResp
-	if err := Call(ctx, sock, proc.VerbWhy, proc.JobReq{Job: id, JSON: asJSON}, &w); err != nil {
+	var w *api.WhyResponse
+	if err := Ask(ctx, sock, func(c *api.Client) (err error) {
+		w, err = c.Jobs.Why(ctx, &api.WhyRequest{Job: uint64(id), Json: asJSON})
+		return err
+	}); err != nil {
 		return Fail(errOut, "why", err)
 	}
 	if _, err := io.WriteString(out, w.Text); err != nil {

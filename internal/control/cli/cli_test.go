@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"os"
@@ -12,14 +13,53 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
-	"github.com/unum-os/unum/internal/ids"
-	"github.com/unum-os/unum/internal/proc"
-	"github.com/unum-os/unum/internal/wire"
 )
 
-func serve(t *testing.T, setup func(*control.Server)) string {
+// jobs is a daemon that has these answers.
+type jobs struct {
+	api.UnimplementedJobsServer
+	list  []*api.ListJobsResponse
+	kills chan *api.KillRequest
+	ends  map[uint64]*api.Job
+}
+
+func (j *jobs) List(_ *api.ListJobsRequest, out grpc.ServerStreamingServer[api.ListJobsResponse]) error {
+	for _, p := range j.list {
+		if err := out.Send(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (j *jobs) Kill(_ context.Context, req *api.KillRequest) (*api.KillResponse, error) {
+	j.kills <- req
+	if req.Job == 9 {
+		return nil, errs.E(errs.NotFound, "", "", "no job 9").WithRemedy("unum ps")
+	}
+	return &api.KillResponse{}, nil
+}
+
+func (j *jobs) Wait(_ context.Context, req *api.WaitRequest) (*api.WaitResponse, error) {
+	return &api.WaitResponse{Job: j.ends[req.Job]}, nil
+}
+
+func (j *jobs) Logs(_ *api.LogsRequest, out grpc.ServerStreamingServer[api.LogsResponse]) error {
+	return errors.Join(out.Send(&api.LogsResponse{Fd: 1, Data: []byte("out")}), out.Send(&api.LogsResponse{Fd: 2, Data: []byte("err")}))
+}
+
+func (j *jobs) Why(context.Context, *api.WhyRequest) (*api.WhyResponse, error) {
+	return &api.WhyResponse{Text: "because\n"}, nil
+}
+
+func serve(t *testing.T, j *jobs) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "unum-cli-")
 	if err != nil {
@@ -27,7 +67,9 @@ func serve(t *testing.T, setup func(*control.Server)) string {
 	}
 	path := filepath.Join(dir, "s")
 	s := control.New(control.Config{Path: path, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
-	setup(s)
+	calls := api.NewServer(0)
+	s.HandleHTTP2(calls.Serve)
+	api.RegisterJobsServer(calls, j)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
@@ -44,15 +86,12 @@ func serve(t *testing.T, setup func(*control.Server)) string {
 
 func TestPS(t *testing.T) {
 	start := time.Date(2024, 5, 6, 7, 8, 9, 0, time.Local)
-	jobs := []proc.JobInfo{
-		{Record: proc.JobRecord{Job: 7, Incarnation: 1, Home: 1, Node: 2, Argv: [][]byte{[]byte("make"), []byte("-j8"), []byte("a b")}, State: proc.Running, Start: start.UnixNano()}, CPU: 1500e6, RSS: 3 << 20},
-		{Record: proc.JobRecord{Job: 8, Incarnation: 1, Home: 1, Node: 3, UID: 4294967, Argv: [][]byte{[]byte("x\x1b[2J\xff")}, State: proc.Exited, Code: 3, Start: start.UnixNano(), End: start.UnixNano() + 5}},
-	}
-	path := serve(t, func(s *control.Server) {
-		s.Handle(proc.VerbPS, func(ctx context.Context, c *control.Conn, req []byte) error {
-			return c.Send(wire.MustMarshal(proc.PSResp{Jobs: jobs, Silent: []ids.Node{4}}))
-		})
-	})
+	path := serve(t, &jobs{list: []*api.ListJobsResponse{
+		{Jobs: []*api.Job{{Id: 7, Incarnation: 1, Home: 1, Node: 2, Argv: [][]byte{[]byte("make"), []byte("-j8"), []byte("a b")}, State: api.Job_RUNNING,
+			Start: timestamppb.New(start), Cpu: durationpb.New(1500 * time.Millisecond), RssBytes: 3 << 20}}},
+		{Jobs: []*api.Job{{Id: 8, Incarnation: 1, Home: 1, Node: 3, Uid: 4294967, Argv: [][]byte{[]byte("x\x1b[2J\xff")}, State: api.Job_EXITED, Code: 3,
+			Start: timestamppb.New(start), End: timestamppb.New(start.Add(5))}}, Silent: []uint64{4}},
+	}})
 	var out, errOut bytes.Buffer
 	if code := PS(context.Background(), path, &out, &errOut, false, true); code != 0 {
 		t.Error(code)
@@ -84,38 +123,11 @@ func TestPS(t *testing.T) {
 }
 
 func TestVerbs(t *testing.T) {
-	kills := make(chan proc.KillReq, 8)
-	path := serve(t, func(s *control.Server) {
-		s.Handle(proc.VerbKill, func(ctx context.Context, c *control.Conn, req []byte) error {
-			var killed proc.KillReq
-			if err := wire.Unmarshal(req, &killed); err != nil {
-				return err
-			}
-			kills <- killed
-			if killed.Job == 9 {
-				return errs.E(errs.NotFound, "", "", "no job 9").WithRemedy("unum ps")
-			}
-			return nil
-		})
-		s.Handle(proc.VerbWait, func(ctx context.Context, c *control.Conn, req []byte) error {
-			var r proc.JobReq
-			if err := wire.Unmarshal(req, &r); err != nil {
-				return err
-			}
-			rec := map[ids.Job]proc.JobRecord{
-				1: {State: proc.Exited, Code: 4}, 2: {State: proc.Exited, Signal: 15},
-				3: {State: proc.Lost, Text: "node n2 died"}, 4: {State: proc.Killed, Signal: 9, Text: "its home was silent"},
-			}[r.Job]
-			return c.Send(wire.MustMarshal(proc.WaitResp{Record: rec}))
-		})
-		s.Handle(proc.VerbLogs, func(ctx context.Context, c *control.Conn, req []byte) error {
-			c.Send(wire.MustMarshal(proc.Log{FD: 1, Data: []byte("out")}))
-			return c.Send(wire.MustMarshal(proc.Log{FD: 2, Data: []byte("err")}))
-		})
-		s.Handle(proc.VerbWhy, func(ctx context.Context, c *control.Conn, req []byte) error {
-			return c.Send(wire.MustMarshal(proc.WhyResp{Text: "because\n"}))
-		})
-	})
+	j := &jobs{kills: make(chan *api.KillRequest, 8), ends: map[uint64]*api.Job{
+		1: {State: api.Job_EXITED, Code: 4}, 2: {State: api.Job_EXITED, Signal: 15},
+		3: {State: api.Job_LOST, Text: "node n2 died"}, 4: {State: api.Job_KILLED, Signal: 9, Text: "its home was silent"},
+	}}
+	path := serve(t, j)
 	ctx := context.Background()
 	var out, errOut bytes.Buffer
 	check := func(name string, code, want int, wantOut, wantErr string) {
@@ -127,7 +139,7 @@ func TestVerbs(t *testing.T) {
 		errOut.Reset()
 	}
 	check("kill", Kill(ctx, path, &errOut, "usr1", []string{"%5"}), 0, "", "")
-	if killed := <-kills; killed.Job != 5 || killed.Signal != 10 {
+	if killed := <-j.kills; killed.Job != 5 || killed.Signal != 10 {
 		t.Errorf("%+v", killed)
 	}
 	check("kill none", Kill(ctx, path, &errOut, "9", []string{"9"}), 1, "", "unum: kill: no job 9\ntry: unum ps\n")

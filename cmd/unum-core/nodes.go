@@ -1,0 +1,80 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/unum-os/unum/internal/control/api"
+	"github.com/unum-os/unum/internal/ids"
+)
+
+// nodeJSON is a node as `unum nodes --json` shows it.
+type nodeJSON struct {
+	ID       string  `json:"id"`
+	Hostname string  `json:"hostname"`
+	Addr     string  `json:"addr"`
+	State    string  `json:"state"`
+	Alive    bool    `json:"alive"`
+	Mounted  bool    `json:"mounted"`
+	Leads    []int   `json:"leads"`
+	Jobs     int     `json:"jobs"`
+	Load     float64 `json:"load_per_cpu"`
+	CPUs     float64 `json:"cpus"`
+	Free     int64   `json:"free_bytes"`
+	Missing  int     `json:"missing_blocks"`
+}
+
+func toJSON(st *api.StatusResponse) []nodeJSON {
+	out := []nodeJSON{}
+	for _, m := range st.Members {
+		j := nodeJSON{ID: ids.Node(m.Id).String(), Hostname: m.Hostname, Addr: m.Addr, State: m.State,
+			Alive: m.Alive, Load: m.LoadPerCpu, CPUs: m.Cpus, Leads: []int{}}
+		if s := m.Self; s != nil {
+			j.Mounted, j.Jobs, j.Free, j.Missing = s.Mounted, int(s.Jobs), s.FreeBytes, int(s.MissingBlocks)
+			for _, g := range s.Groups {
+				if g.Role == "leader" {
+					j.Leads = append(j.Leads, int(g.Id))
+				}
+			}
+		}
+		out = append(out, j)
+	}
+	return out
+}
+
+func table(st *api.StatusResponse) error {
+	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "NODE\tHOST\tADDRESS\tSTATE\tALIVE\tTREE\tLEADS\tJOBS\tLOAD/CPU\tFREE")
+	for _, j := range toJSON(st) {
+		leads := "-"
+		if len(j.Leads) > 0 {
+			leads = strings.Trim(fmt.Sprint(j.Leads), "[]")
+		}
+		yes := map[bool]string{true: "yes", false: "no"}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%.2f\t%.1f GiB\n", j.ID, j.Hostname, j.Addr, j.State, yes[j.Alive], yes[j.Mounted], leads, j.Jobs, j.Load, float64(j.Free)/(1<<30))
+	}
+	return w.Flush()
+}
+
+func nodesCommand() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "nodes", Short: "List the nodes", Example: "  unum nodes\n  unum nodes --json", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			st, err := getStatus(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(toJSON(st))
+			}
+			return table(st)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	return cmd
+}
