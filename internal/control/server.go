@@ -371,3 +371,10 @@ func peerGroups(fd uintptr) ([]uint32, error) {
 		}
 	}
 }
+
+// Connections returns how many there are; each command that runs is one.
+func (s *Server) Connections() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.total
+}

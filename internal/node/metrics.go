@@ -40,6 +40,8 @@ func (n *Node) collectors() []prometheus.Collector {
 		metric.Gauges("unum_build_info", "1, with the program's revision and the Go release it was built with.", "revision", func(yield func(string, float64)) { yield(revision(), 1) }),
 		metric.Gauge("unum_node_start_timestamp_seconds", "When this node started, Unix time.", func() float64 { return float64(n.began.Unix()) }),
 		metric.Gauge("unum_node_certificate_end_timestamp_seconds", "When this node's certificate ends, Unix time.", func() float64 { return float64(n.holder.NotAfter().Unix()) }),
+		// Here, and not in package control: the light face imports that.
+		metric.Gauge("unum_control_connections", "Connections on the daemon's socket; each command that runs is one.", func() float64 { return float64(n.ctl.Connections()) }),
 		metric.Gauge("unum_node_reserve_bytes", "Bytes kept on the disk for the groups' logs.", func() float64 { have, _ := n.ballast.left(); return float64(have) }),
 		metric.Gauge("unum_node_clock_apart_seconds", "The largest difference between this node's clock and another's, of late.", func() float64 {
 			most := 0.0
@@ -67,7 +69,7 @@ func revision() string {
 // newMetrics registers what all parts count and makes the endpoint.
 func (n *Node) newMetrics() (*metric.Server, error) {
 	reg := prometheus.NewRegistry()
-	cs := slices.Concat(n.collectors(), n.ep.Collectors(), n.ctl.Collectors())
+	cs := slices.Concat(n.collectors(), n.ep.Collectors())
 	if n.host != nil {
 		cs = slices.Concat(cs, n.host.Collectors(), n.members.Collectors())
 	}
