@@ -22,6 +22,24 @@ var access = map[string]rule{
 	Node_Version_FullMethodName: everyone,
 	Node_Config_FullMethodName:  everyone,
 	Node_Token_FullMethodName:   admin("sudo unum token"),
+	Node_Leave_FullMethodName:   admin("sudo unum leave"),
+	Node_Remove_FullMethodName:  admin("sudo unum remove NODE"),
+	Node_Digest_FullMethodName:  admin(""),
+
+	Record_Get_FullMethodName:    everyone, // of these and of Users the record judges who may do what
+	Record_Put_FullMethodName:    everyone,
+	Record_Delete_FullMethodName: everyone,
+	Record_List_FullMethodName:   everyone,
+	Record_Watch_FullMethodName:  everyone,
+	Record_Audit_FullMethodName:  everyone,
+
+	Users_List_FullMethodName:   everyone,
+	Users_Put_FullMethodName:    everyone,
+	Users_Drop_FullMethodName:   everyone,
+	Users_Invite_FullMethodName: everyone,
+	Users_Login_FullMethodName:  everyone,
+	Users_Logout_FullMethodName: everyone,
+	Users_Whoami_FullMethodName: everyone,
 
 	Jobs_List_FullMethodName: everyone,
 	Jobs_Kill_FullMethodName: everyone, // the job's node asks whose it is

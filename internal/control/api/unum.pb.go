@@ -135,7 +135,7 @@ func (x Job_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Job_State.Descriptor instead.
 func (Job_State) EnumDescriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{16, 0}
+	return file_unum_proto_rawDescGZIP(), []int{22, 0}
 }
 
 // Failure is the detail of every error status: what failed, on what, why, and
@@ -217,6 +217,270 @@ func (x *Failure) GetRemedy() string {
 	return ""
 }
 
+type LeaveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveRequest) Reset() {
+	*x = LeaveRequest{}
+	mi := &file_unum_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveRequest) ProtoMessage() {}
+
+func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
+func (*LeaveRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{1}
+}
+
+type LeaveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"` // what is waited for, or that nothing is any more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveResponse) Reset() {
+	*x = LeaveResponse{}
+	mi := &file_unum_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveResponse) ProtoMessage() {}
+
+func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
+func (*LeaveResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *LeaveResponse) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+type RemoveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          uint64                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"` // also one that is alive
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveRequest) Reset() {
+	*x = RemoveRequest{}
+	mi := &file_unum_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveRequest) ProtoMessage() {}
+
+func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
+func (*RemoveRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RemoveRequest) GetNode() uint64 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *RemoveRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type RemoveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveResponse) Reset() {
+	*x = RemoveResponse{}
+	mi := &file_unum_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveResponse) ProtoMessage() {}
+
+func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
+func (*RemoveResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{4}
+}
+
+type DigestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Group         uint64                 `protobuf:"varint,1,opt,name=group,proto3" json:"group,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DigestRequest) Reset() {
+	*x = DigestRequest{}
+	mi := &file_unum_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DigestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DigestRequest) ProtoMessage() {}
+
+func (x *DigestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DigestRequest.ProtoReflect.Descriptor instead.
+func (*DigestRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *DigestRequest) GetGroup() uint64 {
+	if x != nil {
+		return x.Group
+	}
+	return 0
+}
+
+type DigestResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"` // of the log, at which the state stands
+	Sum           []byte                 `protobuf:"bytes,2,opt,name=sum,proto3" json:"sum,omitempty"`      // BLAKE3 of all keys and values
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DigestResponse) Reset() {
+	*x = DigestResponse{}
+	mi := &file_unum_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DigestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DigestResponse) ProtoMessage() {}
+
+func (x *DigestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DigestResponse.ProtoReflect.Descriptor instead.
+func (*DigestResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DigestResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *DigestResponse) GetSum() []byte {
+	if x != nil {
+		return x.Sum
+	}
+	return nil
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -225,7 +489,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_unum_proto_msgTypes[1]
+	mi := &file_unum_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -237,7 +501,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[1]
+	mi := &file_unum_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -250,7 +514,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{1}
+	return file_unum_proto_rawDescGZIP(), []int{7}
 }
 
 type StatusResponse struct {
@@ -268,7 +532,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_unum_proto_msgTypes[2]
+	mi := &file_unum_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -280,7 +544,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[2]
+	mi := &file_unum_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -293,7 +557,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{2}
+	return file_unum_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *StatusResponse) GetNode() uint64 {
@@ -360,7 +624,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_unum_proto_msgTypes[3]
+	mi := &file_unum_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -372,7 +636,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[3]
+	mi := &file_unum_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -385,7 +649,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{3}
+	return file_unum_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Condition) GetCode() string {
@@ -441,7 +705,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_unum_proto_msgTypes[4]
+	mi := &file_unum_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -453,7 +717,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[4]
+	mi := &file_unum_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -466,7 +730,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{4}
+	return file_unum_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Member) GetId() uint64 {
@@ -550,7 +814,7 @@ type Self struct {
 
 func (x *Self) Reset() {
 	*x = Self{}
-	mi := &file_unum_proto_msgTypes[5]
+	mi := &file_unum_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +826,7 @@ func (x *Self) String() string {
 func (*Self) ProtoMessage() {}
 
 func (x *Self) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[5]
+	mi := &file_unum_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +839,7 @@ func (x *Self) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Self.ProtoReflect.Descriptor instead.
 func (*Self) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{5}
+	return file_unum_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Self) GetMounted() bool {
@@ -658,7 +922,7 @@ type Group struct {
 
 func (x *Group) Reset() {
 	*x = Group{}
-	mi := &file_unum_proto_msgTypes[6]
+	mi := &file_unum_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +934,7 @@ func (x *Group) String() string {
 func (*Group) ProtoMessage() {}
 
 func (x *Group) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[6]
+	mi := &file_unum_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +947,7 @@ func (x *Group) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Group.ProtoReflect.Descriptor instead.
 func (*Group) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{6}
+	return file_unum_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Group) GetId() uint64 {
@@ -750,7 +1014,7 @@ type HealthyRequest struct {
 
 func (x *HealthyRequest) Reset() {
 	*x = HealthyRequest{}
-	mi := &file_unum_proto_msgTypes[7]
+	mi := &file_unum_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +1026,7 @@ func (x *HealthyRequest) String() string {
 func (*HealthyRequest) ProtoMessage() {}
 
 func (x *HealthyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[7]
+	mi := &file_unum_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +1039,7 @@ func (x *HealthyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthyRequest.ProtoReflect.Descriptor instead.
 func (*HealthyRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{7}
+	return file_unum_proto_rawDescGZIP(), []int{13}
 }
 
 type HealthyResponse struct {
@@ -786,7 +1050,7 @@ type HealthyResponse struct {
 
 func (x *HealthyResponse) Reset() {
 	*x = HealthyResponse{}
-	mi := &file_unum_proto_msgTypes[8]
+	mi := &file_unum_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -798,7 +1062,7 @@ func (x *HealthyResponse) String() string {
 func (*HealthyResponse) ProtoMessage() {}
 
 func (x *HealthyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[8]
+	mi := &file_unum_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -811,7 +1075,7 @@ func (x *HealthyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthyResponse.ProtoReflect.Descriptor instead.
 func (*HealthyResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{8}
+	return file_unum_proto_rawDescGZIP(), []int{14}
 }
 
 type TokenRequest struct {
@@ -825,7 +1089,7 @@ type TokenRequest struct {
 
 func (x *TokenRequest) Reset() {
 	*x = TokenRequest{}
-	mi := &file_unum_proto_msgTypes[9]
+	mi := &file_unum_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +1101,7 @@ func (x *TokenRequest) String() string {
 func (*TokenRequest) ProtoMessage() {}
 
 func (x *TokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[9]
+	mi := &file_unum_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +1114,7 @@ func (x *TokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenRequest.ProtoReflect.Descriptor instead.
 func (*TokenRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{9}
+	return file_unum_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TokenRequest) GetUses() uint32 {
@@ -884,7 +1148,7 @@ type TokenResponse struct {
 
 func (x *TokenResponse) Reset() {
 	*x = TokenResponse{}
-	mi := &file_unum_proto_msgTypes[10]
+	mi := &file_unum_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -896,7 +1160,7 @@ func (x *TokenResponse) String() string {
 func (*TokenResponse) ProtoMessage() {}
 
 func (x *TokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[10]
+	mi := &file_unum_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -909,7 +1173,7 @@ func (x *TokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenResponse.ProtoReflect.Descriptor instead.
 func (*TokenResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{10}
+	return file_unum_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TokenResponse) GetToken() string {
@@ -934,7 +1198,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_unum_proto_msgTypes[11]
+	mi := &file_unum_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -946,7 +1210,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[11]
+	mi := &file_unum_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -959,7 +1223,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{11}
+	return file_unum_proto_rawDescGZIP(), []int{17}
 }
 
 type VersionResponse struct {
@@ -974,7 +1238,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_unum_proto_msgTypes[12]
+	mi := &file_unum_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -986,7 +1250,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[12]
+	mi := &file_unum_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -999,7 +1263,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{12}
+	return file_unum_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *VersionResponse) GetMajor() uint32 {
@@ -1038,7 +1302,7 @@ type ConfigRequest struct {
 
 func (x *ConfigRequest) Reset() {
 	*x = ConfigRequest{}
-	mi := &file_unum_proto_msgTypes[13]
+	mi := &file_unum_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1050,7 +1314,7 @@ func (x *ConfigRequest) String() string {
 func (*ConfigRequest) ProtoMessage() {}
 
 func (x *ConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[13]
+	mi := &file_unum_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1063,7 +1327,7 @@ func (x *ConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigRequest.ProtoReflect.Descriptor instead.
 func (*ConfigRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{13}
+	return file_unum_proto_rawDescGZIP(), []int{19}
 }
 
 type ConfigResponse struct {
@@ -1075,7 +1339,7 @@ type ConfigResponse struct {
 
 func (x *ConfigResponse) Reset() {
 	*x = ConfigResponse{}
-	mi := &file_unum_proto_msgTypes[14]
+	mi := &file_unum_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1087,7 +1351,7 @@ func (x *ConfigResponse) String() string {
 func (*ConfigResponse) ProtoMessage() {}
 
 func (x *ConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[14]
+	mi := &file_unum_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1100,7 +1364,7 @@ func (x *ConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigResponse.ProtoReflect.Descriptor instead.
 func (*ConfigResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{14}
+	return file_unum_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ConfigResponse) GetSettings() []*Setting {
@@ -1122,7 +1386,7 @@ type Setting struct {
 
 func (x *Setting) Reset() {
 	*x = Setting{}
-	mi := &file_unum_proto_msgTypes[15]
+	mi := &file_unum_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1398,7 @@ func (x *Setting) String() string {
 func (*Setting) ProtoMessage() {}
 
 func (x *Setting) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[15]
+	mi := &file_unum_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1411,7 @@ func (x *Setting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setting.ProtoReflect.Descriptor instead.
 func (*Setting) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{15}
+	return file_unum_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Setting) GetName() string {
@@ -1197,7 +1461,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_unum_proto_msgTypes[16]
+	mi := &file_unum_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1209,7 +1473,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[16]
+	mi := &file_unum_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1222,7 +1486,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{16}
+	return file_unum_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Job) GetId() uint64 {
@@ -1353,7 +1617,7 @@ type ListJobsRequest struct {
 
 func (x *ListJobsRequest) Reset() {
 	*x = ListJobsRequest{}
-	mi := &file_unum_proto_msgTypes[17]
+	mi := &file_unum_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1629,7 @@ func (x *ListJobsRequest) String() string {
 func (*ListJobsRequest) ProtoMessage() {}
 
 func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[17]
+	mi := &file_unum_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1642,7 @@ func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsRequest.ProtoReflect.Descriptor instead.
 func (*ListJobsRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{17}
+	return file_unum_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListJobsRequest) GetAll() bool {
@@ -1401,7 +1665,7 @@ type ListJobsResponse struct {
 
 func (x *ListJobsResponse) Reset() {
 	*x = ListJobsResponse{}
-	mi := &file_unum_proto_msgTypes[18]
+	mi := &file_unum_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1677,7 @@ func (x *ListJobsResponse) String() string {
 func (*ListJobsResponse) ProtoMessage() {}
 
 func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[18]
+	mi := &file_unum_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1690,7 @@ func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsResponse.ProtoReflect.Descriptor instead.
 func (*ListJobsResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{18}
+	return file_unum_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListJobsResponse) GetJobs() []*Job {
@@ -1460,7 +1724,7 @@ type KillRequest struct {
 
 func (x *KillRequest) Reset() {
 	*x = KillRequest{}
-	mi := &file_unum_proto_msgTypes[19]
+	mi := &file_unum_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1472,7 +1736,7 @@ func (x *KillRequest) String() string {
 func (*KillRequest) ProtoMessage() {}
 
 func (x *KillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[19]
+	mi := &file_unum_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1485,7 +1749,7 @@ func (x *KillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillRequest.ProtoReflect.Descriptor instead.
 func (*KillRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{19}
+	return file_unum_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *KillRequest) GetJob() uint64 {
@@ -1510,7 +1774,7 @@ type KillResponse struct {
 
 func (x *KillResponse) Reset() {
 	*x = KillResponse{}
-	mi := &file_unum_proto_msgTypes[20]
+	mi := &file_unum_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1786,7 @@ func (x *KillResponse) String() string {
 func (*KillResponse) ProtoMessage() {}
 
 func (x *KillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[20]
+	mi := &file_unum_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1799,7 @@ func (x *KillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KillResponse.ProtoReflect.Descriptor instead.
 func (*KillResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{20}
+	return file_unum_proto_rawDescGZIP(), []int{26}
 }
 
 type WaitRequest struct {
@@ -1547,7 +1811,7 @@ type WaitRequest struct {
 
 func (x *WaitRequest) Reset() {
 	*x = WaitRequest{}
-	mi := &file_unum_proto_msgTypes[21]
+	mi := &file_unum_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1823,7 @@ func (x *WaitRequest) String() string {
 func (*WaitRequest) ProtoMessage() {}
 
 func (x *WaitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[21]
+	mi := &file_unum_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1836,7 @@ func (x *WaitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitRequest.ProtoReflect.Descriptor instead.
 func (*WaitRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{21}
+	return file_unum_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WaitRequest) GetJob() uint64 {
@@ -1591,7 +1855,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_unum_proto_msgTypes[22]
+	mi := &file_unum_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1603,7 +1867,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[22]
+	mi := &file_unum_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1616,7 +1880,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{22}
+	return file_unum_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WaitResponse) GetJob() *Job {
@@ -1636,7 +1900,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_unum_proto_msgTypes[23]
+	mi := &file_unum_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1648,7 +1912,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[23]
+	mi := &file_unum_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1661,7 +1925,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{23}
+	return file_unum_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *LogsRequest) GetJob() uint64 {
@@ -1689,7 +1953,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_unum_proto_msgTypes[24]
+	mi := &file_unum_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1701,7 +1965,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[24]
+	mi := &file_unum_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1714,7 +1978,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{24}
+	return file_unum_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LogsResponse) GetFd() int32 {
@@ -1741,7 +2005,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_unum_proto_msgTypes[25]
+	mi := &file_unum_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1753,7 +2017,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[25]
+	mi := &file_unum_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1766,7 +2030,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{25}
+	return file_unum_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WhyRequest) GetJob() uint64 {
@@ -1792,7 +2056,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_unum_proto_msgTypes[26]
+	mi := &file_unum_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1804,7 +2068,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_unum_proto_msgTypes[26]
+	mi := &file_unum_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1817,7 +2081,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_unum_proto_rawDescGZIP(), []int{26}
+	return file_unum_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *WhyResponse) GetText() string {
@@ -1825,6 +2089,1585 @@ func (x *WhyResponse) GetText() string {
 		return x.Text
 	}
 	return ""
+}
+
+// Key is a key with its value.
+type Key struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Value         []byte                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Create        uint64                 `protobuf:"varint,3,opt,name=create,proto3" json:"create,omitempty"`   // revision at which it came to be
+	Mod           uint64                 `protobuf:"varint,4,opt,name=mod,proto3" json:"mod,omitempty"`         // revision at which it was written last
+	Version       uint64                 `protobuf:"varint,5,opt,name=version,proto3" json:"version,omitempty"` // how often it was written since it came to be
+	Owner         uint32                 `protobuf:"varint,6,opt,name=owner,proto3" json:"owner,omitempty"`     // uid
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Key) Reset() {
+	*x = Key{}
+	mi := &file_unum_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Key) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Key) ProtoMessage() {}
+
+func (x *Key) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Key.ProtoReflect.Descriptor instead.
+func (*Key) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Key) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *Key) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+func (x *Key) GetCreate() uint64 {
+	if x != nil {
+		return x.Create
+	}
+	return 0
+}
+
+func (x *Key) GetMod() uint64 {
+	if x != nil {
+		return x.Mod
+	}
+	return 0
+}
+
+func (x *Key) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Key) GetOwner() uint32 {
+	if x != nil {
+		return x.Owner
+	}
+	return 0
+}
+
+type GetRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Stale         bool                   `protobuf:"varint,2,opt,name=stale,proto3" json:"stale,omitempty"` // as this node knows it now
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRequest) Reset() {
+	*x = GetRequest{}
+	mi := &file_unum_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRequest) ProtoMessage() {}
+
+func (x *GetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRequest.ProtoReflect.Descriptor instead.
+func (*GetRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *GetRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *GetRequest) GetStale() bool {
+	if x != nil {
+		return x.Stale
+	}
+	return false
+}
+
+type GetResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *Key                   `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Revision      uint64                 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"` // of the record
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetResponse) Reset() {
+	*x = GetResponse{}
+	mi := &file_unum_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetResponse) ProtoMessage() {}
+
+func (x *GetResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetResponse.ProtoReflect.Descriptor instead.
+func (*GetResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *GetResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *GetResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type PutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Value         []byte                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Expect        *uint64                `protobuf:"varint,3,opt,name=expect,proto3,oneof" json:"expect,omitempty"` // mod of what is there; 0: nothing; not given: whatever
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutRequest) Reset() {
+	*x = PutRequest{}
+	mi := &file_unum_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutRequest) ProtoMessage() {}
+
+func (x *PutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutRequest.ProtoReflect.Descriptor instead.
+func (*PutRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *PutRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *PutRequest) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+func (x *PutRequest) GetExpect() uint64 {
+	if x != nil && x.Expect != nil {
+		return *x.Expect
+	}
+	return 0
+}
+
+type PutResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mod           uint64                 `protobuf:"varint,1,opt,name=mod,proto3" json:"mod,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutResponse) Reset() {
+	*x = PutResponse{}
+	mi := &file_unum_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutResponse) ProtoMessage() {}
+
+func (x *PutResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutResponse.ProtoReflect.Descriptor instead.
+func (*PutResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *PutResponse) GetMod() uint64 {
+	if x != nil {
+		return x.Mod
+	}
+	return 0
+}
+
+type DeleteRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Expect        *uint64                `protobuf:"varint,2,opt,name=expect,proto3,oneof" json:"expect,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteRequest) Reset() {
+	*x = DeleteRequest{}
+	mi := &file_unum_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteRequest) ProtoMessage() {}
+
+func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
+func (*DeleteRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *DeleteRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *DeleteRequest) GetExpect() uint64 {
+	if x != nil && x.Expect != nil {
+		return *x.Expect
+	}
+	return 0
+}
+
+type DeleteResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteResponse) Reset() {
+	*x = DeleteResponse{}
+	mi := &file_unum_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteResponse) ProtoMessage() {}
+
+func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
+func (*DeleteResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *DeleteResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type ListRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Prefix        string                 `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`  // go on after this key
+	Limit         uint32                 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"` // 0: as many as fit
+	Stale         bool                   `protobuf:"varint,4,opt,name=stale,proto3" json:"stale,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRequest) Reset() {
+	*x = ListRequest{}
+	mi := &file_unum_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRequest) ProtoMessage() {}
+
+func (x *ListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
+func (*ListRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ListRequest) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *ListRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *ListRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListRequest) GetStale() bool {
+	if x != nil {
+		return x.Stale
+	}
+	return false
+}
+
+type ListResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Keys          []*Key                 `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	More          bool                   `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListResponse) Reset() {
+	*x = ListResponse{}
+	mi := &file_unum_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListResponse) ProtoMessage() {}
+
+func (x *ListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
+func (*ListResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListResponse) GetKeys() []*Key {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *ListResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+func (x *ListResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type WatchRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"`  // revision; 0: from now on
+	Prefix        string                 `protobuf:"bytes,2,opt,name=prefix,proto3" json:"prefix,omitempty"` // of keys; empty: all that the caller may read
+	Kinds         []string               `protobuf:"bytes,3,rep,name=kinds,proto3" json:"kinds,omitempty"`   // member, token, key, user, job; empty: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchRequest) Reset() {
+	*x = WatchRequest{}
+	mi := &file_unum_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchRequest) ProtoMessage() {}
+
+func (x *WatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
+func (*WatchRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *WatchRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *WatchRequest) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *WatchRequest) GetKinds() []string {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
+}
+
+// WatchResponse is what one revision changed, or, without events, how far the
+// record has come: go on from there.
+type WatchResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Events        []*Event               `protobuf:"bytes,2,rep,name=events,proto3" json:"events,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchResponse) Reset() {
+	*x = WatchResponse{}
+	mi := &file_unum_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchResponse) ProtoMessage() {}
+
+func (x *WatchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
+func (*WatchResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *WatchResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *WatchResponse) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+type Event struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`       // member, token, key, user, job
+	Subject       string                 `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"` // n2, the key, the user's name, the job's id
+	Removed       bool                   `protobuf:"varint,3,opt,name=removed,proto3" json:"removed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_unum_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *Event) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Event) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Event) GetRemoved() bool {
+	if x != nil {
+		return x.Removed
+	}
+	return false
+}
+
+type AuditRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"` // seq
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"` // 0: 1000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditRequest) Reset() {
+	*x = AuditRequest{}
+	mi := &file_unum_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditRequest) ProtoMessage() {}
+
+func (x *AuditRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditRequest.ProtoReflect.Descriptor instead.
+func (*AuditRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *AuditRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *AuditRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type AuditResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entries       []*AuditEntry          `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditResponse) Reset() {
+	*x = AuditResponse{}
+	mi := &file_unum_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditResponse) ProtoMessage() {}
+
+func (x *AuditResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditResponse.ProtoReflect.Descriptor instead.
+func (*AuditResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *AuditResponse) GetEntries() []*AuditEntry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+type AuditEntry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Seq           uint64                 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"` // cluster time of the act
+	Who           string                 `protobuf:"bytes,3,opt,name=who,proto3" json:"who,omitempty"`   // "ana (uid 1000) at n3"
+	What          string                 `protobuf:"bytes,4,opt,name=what,proto3" json:"what,omitempty"`
+	Subject       string                 `protobuf:"bytes,5,opt,name=subject,proto3" json:"subject,omitempty"`
+	Outcome       string                 `protobuf:"bytes,6,opt,name=outcome,proto3" json:"outcome,omitempty"` // empty: done; else why it was refused
+	Times         uint64                 `protobuf:"varint,7,opt,name=times,proto3" json:"times,omitempty"`    // how often in a row
+	Door          uint64                 `protobuf:"varint,8,opt,name=door,proto3" json:"door,omitempty"`      // the node that refused it, 0: the record itself
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditEntry) Reset() {
+	*x = AuditEntry{}
+	mi := &file_unum_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditEntry) ProtoMessage() {}
+
+func (x *AuditEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditEntry.ProtoReflect.Descriptor instead.
+func (*AuditEntry) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *AuditEntry) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *AuditEntry) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *AuditEntry) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *AuditEntry) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *AuditEntry) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *AuditEntry) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
+func (x *AuditEntry) GetTimes() uint64 {
+	if x != nil {
+		return x.Times
+	}
+	return 0
+}
+
+func (x *AuditEntry) GetDoor() uint64 {
+	if x != nil {
+		return x.Door
+	}
+	return 0
+}
+
+type User struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Uid           uint32                 `protobuf:"varint,2,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid           uint32                 `protobuf:"varint,3,opt,name=gid,proto3" json:"gid,omitempty"`
+	Groups        []uint32               `protobuf:"varint,4,rep,packed,name=groups,proto3" json:"groups,omitempty"`
+	Admin         bool                   `protobuf:"varint,5,opt,name=admin,proto3" json:"admin,omitempty"`
+	Disabled      bool                   `protobuf:"varint,6,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *User) Reset() {
+	*x = User{}
+	mi := &file_unum_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *User) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*User) ProtoMessage() {}
+
+func (x *User) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use User.ProtoReflect.Descriptor instead.
+func (*User) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *User) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *User) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *User) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+func (x *User) GetGroups() []uint32 {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *User) GetAdmin() bool {
+	if x != nil {
+		return x.Admin
+	}
+	return false
+}
+
+func (x *User) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
+type ListUsersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsersRequest) Reset() {
+	*x = ListUsersRequest{}
+	mi := &file_unum_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsersRequest) ProtoMessage() {}
+
+func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
+func (*ListUsersRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{49}
+}
+
+type ListUsersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Users         []*User                `protobuf:"bytes,1,rep,name=users,proto3" json:"users,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsersResponse) Reset() {
+	*x = ListUsersResponse{}
+	mi := &file_unum_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsersResponse) ProtoMessage() {}
+
+func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
+func (*ListUsersResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ListUsersResponse) GetUsers() []*User {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+type PutUserRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	User          *User                  `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutUserRequest) Reset() {
+	*x = PutUserRequest{}
+	mi := &file_unum_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutUserRequest) ProtoMessage() {}
+
+func (x *PutUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutUserRequest.ProtoReflect.Descriptor instead.
+func (*PutUserRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *PutUserRequest) GetUser() *User {
+	if x != nil {
+		return x.User
+	}
+	return nil
+}
+
+type PutUserResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutUserResponse) Reset() {
+	*x = PutUserResponse{}
+	mi := &file_unum_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutUserResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutUserResponse) ProtoMessage() {}
+
+func (x *PutUserResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutUserResponse.ProtoReflect.Descriptor instead.
+func (*PutUserResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{52}
+}
+
+type DropUserRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DropUserRequest) Reset() {
+	*x = DropUserRequest{}
+	mi := &file_unum_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DropUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DropUserRequest) ProtoMessage() {}
+
+func (x *DropUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DropUserRequest.ProtoReflect.Descriptor instead.
+func (*DropUserRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *DropUserRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DropUserResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DropUserResponse) Reset() {
+	*x = DropUserResponse{}
+	mi := &file_unum_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DropUserResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DropUserResponse) ProtoMessage() {}
+
+func (x *DropUserResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DropUserResponse.ProtoReflect.Descriptor instead.
+func (*DropUserResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{54}
+}
+
+type InviteRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	Lifetime      *durationpb.Duration   `protobuf:"bytes,2,opt,name=lifetime,proto3" json:"lifetime,omitempty"` // none is one hour
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InviteRequest) Reset() {
+	*x = InviteRequest{}
+	mi := &file_unum_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InviteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InviteRequest) ProtoMessage() {}
+
+func (x *InviteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InviteRequest.ProtoReflect.Descriptor instead.
+func (*InviteRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *InviteRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *InviteRequest) GetLifetime() *durationpb.Duration {
+	if x != nil {
+		return x.Lifetime
+	}
+	return nil
+}
+
+type InviteResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InviteResponse) Reset() {
+	*x = InviteResponse{}
+	mi := &file_unum_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InviteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InviteResponse) ProtoMessage() {}
+
+func (x *InviteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InviteResponse.ProtoReflect.Descriptor instead.
+func (*InviteResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *InviteResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type LoginRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginRequest) Reset() {
+	*x = LoginRequest{}
+	mi := &file_unum_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginRequest) ProtoMessage() {}
+
+func (x *LoginRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginRequest.ProtoReflect.Descriptor instead.
+func (*LoginRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *LoginRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type LoginResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	User          *User                  `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	Renewable     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=renewable,proto3" json:"renewable,omitempty"` // until when it is renewed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoginResponse) Reset() {
+	*x = LoginResponse{}
+	mi := &file_unum_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoginResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoginResponse) ProtoMessage() {}
+
+func (x *LoginResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoginResponse.ProtoReflect.Descriptor instead.
+func (*LoginResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *LoginResponse) GetUser() *User {
+	if x != nil {
+		return x.User
+	}
+	return nil
+}
+
+func (x *LoginResponse) GetRenewable() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Renewable
+	}
+	return nil
+}
+
+type LogoutRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogoutRequest) Reset() {
+	*x = LogoutRequest{}
+	mi := &file_unum_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogoutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogoutRequest) ProtoMessage() {}
+
+func (x *LogoutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogoutRequest.ProtoReflect.Descriptor instead.
+func (*LogoutRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{59}
+}
+
+type LogoutResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogoutResponse) Reset() {
+	*x = LogoutResponse{}
+	mi := &file_unum_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogoutResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogoutResponse) ProtoMessage() {}
+
+func (x *LogoutResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogoutResponse.ProtoReflect.Descriptor instead.
+func (*LogoutResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{60}
+}
+
+type WhoamiRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoamiRequest) Reset() {
+	*x = WhoamiRequest{}
+	mi := &file_unum_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoamiRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoamiRequest) ProtoMessage() {}
+
+func (x *WhoamiRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoamiRequest.ProtoReflect.Descriptor instead.
+func (*WhoamiRequest) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{61}
+}
+
+type WhoamiResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Principal     string                 `protobuf:"bytes,1,opt,name=principal,proto3" json:"principal,omitempty"` // as in the audit
+	User          *User                  `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`           // missing if the cluster knows none
+	Vouched       bool                   `protobuf:"varint,3,opt,name=vouched,proto3" json:"vouched,omitempty"`    // this node is believed; else by credential
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires,proto3" json:"expires,omitempty"`     // of the credential
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoamiResponse) Reset() {
+	*x = WhoamiResponse{}
+	mi := &file_unum_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoamiResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoamiResponse) ProtoMessage() {}
+
+func (x *WhoamiResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_unum_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoamiResponse.ProtoReflect.Descriptor instead.
+func (*WhoamiResponse) Descriptor() ([]byte, []int) {
+	return file_unum_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *WhoamiResponse) GetPrincipal() string {
+	if x != nil {
+		return x.Principal
+	}
+	return ""
+}
+
+func (x *WhoamiResponse) GetUser() *User {
+	if x != nil {
+		return x.User
+	}
+	return nil
+}
+
+func (x *WhoamiResponse) GetVouched() bool {
+	if x != nil {
+		return x.Vouched
+	}
+	return false
+}
+
+func (x *WhoamiResponse) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
 }
 
 var File_unum_proto protoreflect.FileDescriptor
@@ -1838,7 +3681,19 @@ const file_unum_proto_rawDesc = "" +
 	"\x02op\x18\x02 \x01(\tR\x02op\x12\x18\n" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x12\n" +
 	"\x04text\x18\x04 \x01(\tR\x04text\x12\x16\n" +
-	"\x06remedy\x18\x05 \x01(\tR\x06remedy\"\x0f\n" +
+	"\x06remedy\x18\x05 \x01(\tR\x06remedy\"\x0e\n" +
+	"\fLeaveRequest\"#\n" +
+	"\rLeaveResponse\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"9\n" +
+	"\rRemoveRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\x04R\x04node\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x10\n" +
+	"\x0eRemoveResponse\"%\n" +
+	"\rDigestRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\x04R\x05group\"8\n" +
+	"\x0eDigestResponse\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x10\n" +
+	"\x03sum\x18\x02 \x01(\fR\x03sum\"\x0f\n" +
 	"\rStatusRequest\"\xe1\x01\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\x04R\x04node\x12\x18\n" +
@@ -1961,25 +3816,140 @@ const file_unum_proto_rawDesc = "" +
 	"\x03job\x18\x01 \x01(\x04R\x03job\x12\x12\n" +
 	"\x04json\x18\x02 \x01(\bR\x04json\"!\n" +
 	"\vWhyResponse\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text*;\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x87\x01\n" +
+	"\x03Key\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\x12\x16\n" +
+	"\x06create\x18\x03 \x01(\x04R\x06create\x12\x10\n" +
+	"\x03mod\x18\x04 \x01(\x04R\x03mod\x12\x18\n" +
+	"\aversion\x18\x05 \x01(\x04R\aversion\x12\x14\n" +
+	"\x05owner\x18\x06 \x01(\rR\x05owner\"4\n" +
+	"\n" +
+	"GetRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05stale\x18\x02 \x01(\bR\x05stale\"I\n" +
+	"\vGetResponse\x12\x1e\n" +
+	"\x03key\x18\x01 \x01(\v2\f.unum.v1.KeyR\x03key\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"\\\n" +
+	"\n" +
+	"PutRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\x12\x1b\n" +
+	"\x06expect\x18\x03 \x01(\x04H\x00R\x06expect\x88\x01\x01B\t\n" +
+	"\a_expect\"\x1f\n" +
+	"\vPutResponse\x12\x10\n" +
+	"\x03mod\x18\x01 \x01(\x04R\x03mod\"I\n" +
+	"\rDeleteRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1b\n" +
+	"\x06expect\x18\x02 \x01(\x04H\x00R\x06expect\x88\x01\x01B\t\n" +
+	"\a_expect\",\n" +
+	"\x0eDeleteResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"g\n" +
+	"\vListRequest\x12\x16\n" +
+	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05stale\x18\x04 \x01(\bR\x05stale\"`\n" +
+	"\fListResponse\x12 \n" +
+	"\x04keys\x18\x01 \x03(\v2\f.unum.v1.KeyR\x04keys\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\x12\x1a\n" +
+	"\brevision\x18\x03 \x01(\x04R\brevision\"R\n" +
+	"\fWatchRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\x12\x16\n" +
+	"\x06prefix\x18\x02 \x01(\tR\x06prefix\x12\x14\n" +
+	"\x05kinds\x18\x03 \x03(\tR\x05kinds\"S\n" +
+	"\rWatchResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12&\n" +
+	"\x06events\x18\x02 \x03(\v2\x0e.unum.v1.EventR\x06events\"O\n" +
+	"\x05Event\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\asubject\x18\x02 \x01(\tR\asubject\x12\x18\n" +
+	"\aremoved\x18\x03 \x01(\bR\aremoved\":\n" +
+	"\fAuditRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\x04R\x05after\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\">\n" +
+	"\rAuditResponse\x12-\n" +
+	"\aentries\x18\x01 \x03(\v2\x13.unum.v1.AuditEntryR\aentries\"\xd2\x01\n" +
+	"\n" +
+	"AuditEntry\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x10\n" +
+	"\x03who\x18\x03 \x01(\tR\x03who\x12\x12\n" +
+	"\x04what\x18\x04 \x01(\tR\x04what\x12\x18\n" +
+	"\asubject\x18\x05 \x01(\tR\asubject\x12\x18\n" +
+	"\aoutcome\x18\x06 \x01(\tR\aoutcome\x12\x14\n" +
+	"\x05times\x18\a \x01(\x04R\x05times\x12\x12\n" +
+	"\x04door\x18\b \x01(\x04R\x04door\"\x88\x01\n" +
+	"\x04User\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x02 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x03 \x01(\rR\x03gid\x12\x16\n" +
+	"\x06groups\x18\x04 \x03(\rR\x06groups\x12\x14\n" +
+	"\x05admin\x18\x05 \x01(\bR\x05admin\x12\x1a\n" +
+	"\bdisabled\x18\x06 \x01(\bR\bdisabled\"\x12\n" +
+	"\x10ListUsersRequest\"8\n" +
+	"\x11ListUsersResponse\x12#\n" +
+	"\x05users\x18\x01 \x03(\v2\r.unum.v1.UserR\x05users\"3\n" +
+	"\x0ePutUserRequest\x12!\n" +
+	"\x04user\x18\x01 \x01(\v2\r.unum.v1.UserR\x04user\"\x11\n" +
+	"\x0fPutUserResponse\"%\n" +
+	"\x0fDropUserRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x12\n" +
+	"\x10DropUserResponse\"Z\n" +
+	"\rInviteRequest\x12\x12\n" +
+	"\x04user\x18\x01 \x01(\tR\x04user\x125\n" +
+	"\blifetime\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\blifetime\"&\n" +
+	"\x0eInviteResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"$\n" +
+	"\fLoginRequest\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"l\n" +
+	"\rLoginResponse\x12!\n" +
+	"\x04user\x18\x01 \x01(\v2\r.unum.v1.UserR\x04user\x128\n" +
+	"\trenewable\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\trenewable\"\x0f\n" +
+	"\rLogoutRequest\"\x10\n" +
+	"\x0eLogoutResponse\"\x0f\n" +
+	"\rWhoamiRequest\"\xa1\x01\n" +
+	"\x0eWhoamiResponse\x12\x1c\n" +
+	"\tprincipal\x18\x01 \x01(\tR\tprincipal\x12!\n" +
+	"\x04user\x18\x02 \x01(\v2\r.unum.v1.UserR\x04user\x12\x18\n" +
+	"\avouched\x18\x03 \x01(\bR\avouched\x124\n" +
+	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires*;\n" +
 	"\x04Role\x12\x0f\n" +
 	"\vUNSPECIFIED\x10\x00\x12\t\n" +
 	"\x05STORE\x10\x01\x12\n" +
 	"\n" +
 	"\x06CLIENT\x10\x02\x12\v\n" +
-	"\aWITNESS\x10\x032\xb0\x02\n" +
+	"\aWITNESS\x10\x032\xe0\x03\n" +
 	"\x04Node\x129\n" +
 	"\x06Status\x12\x16.unum.v1.StatusRequest\x1a\x17.unum.v1.StatusResponse\x12<\n" +
 	"\aHealthy\x12\x17.unum.v1.HealthyRequest\x1a\x18.unum.v1.HealthyResponse\x126\n" +
 	"\x05Token\x12\x15.unum.v1.TokenRequest\x1a\x16.unum.v1.TokenResponse\x12<\n" +
 	"\aVersion\x12\x17.unum.v1.VersionRequest\x1a\x18.unum.v1.VersionResponse\x129\n" +
-	"\x06Config\x12\x16.unum.v1.ConfigRequest\x1a\x17.unum.v1.ConfigResponse2\x98\x02\n" +
+	"\x06Config\x12\x16.unum.v1.ConfigRequest\x1a\x17.unum.v1.ConfigResponse\x128\n" +
+	"\x05Leave\x12\x15.unum.v1.LeaveRequest\x1a\x16.unum.v1.LeaveResponse0\x01\x129\n" +
+	"\x06Remove\x12\x16.unum.v1.RemoveRequest\x1a\x17.unum.v1.RemoveResponse\x129\n" +
+	"\x06Digest\x12\x16.unum.v1.DigestRequest\x1a\x17.unum.v1.DigestResponse2\x98\x02\n" +
 	"\x04Jobs\x12=\n" +
 	"\x04List\x12\x18.unum.v1.ListJobsRequest\x1a\x19.unum.v1.ListJobsResponse0\x01\x123\n" +
 	"\x04Kill\x12\x14.unum.v1.KillRequest\x1a\x15.unum.v1.KillResponse\x123\n" +
 	"\x04Wait\x12\x14.unum.v1.WaitRequest\x1a\x15.unum.v1.WaitResponse\x125\n" +
 	"\x04Logs\x12\x14.unum.v1.LogsRequest\x1a\x15.unum.v1.LogsResponse0\x01\x120\n" +
-	"\x03Why\x12\x13.unum.v1.WhyRequest\x1a\x14.unum.v1.WhyResponseB2Z0github.com/unum-os/unum/internal/control/api;apib\x06proto3"
+	"\x03Why\x12\x13.unum.v1.WhyRequest\x1a\x14.unum.v1.WhyResponse2\xce\x02\n" +
+	"\x06Record\x120\n" +
+	"\x03Get\x12\x13.unum.v1.GetRequest\x1a\x14.unum.v1.GetResponse\x120\n" +
+	"\x03Put\x12\x13.unum.v1.PutRequest\x1a\x14.unum.v1.PutResponse\x129\n" +
+	"\x06Delete\x12\x16.unum.v1.DeleteRequest\x1a\x17.unum.v1.DeleteResponse\x123\n" +
+	"\x04List\x12\x14.unum.v1.ListRequest\x1a\x15.unum.v1.ListResponse\x128\n" +
+	"\x05Watch\x12\x15.unum.v1.WatchRequest\x1a\x16.unum.v1.WatchResponse0\x01\x126\n" +
+	"\x05Audit\x12\x15.unum.v1.AuditRequest\x1a\x16.unum.v1.AuditResponse2\xa6\x03\n" +
+	"\x05Users\x12=\n" +
+	"\x04List\x12\x19.unum.v1.ListUsersRequest\x1a\x1a.unum.v1.ListUsersResponse\x128\n" +
+	"\x03Put\x12\x17.unum.v1.PutUserRequest\x1a\x18.unum.v1.PutUserResponse\x12;\n" +
+	"\x04Drop\x12\x18.unum.v1.DropUserRequest\x1a\x19.unum.v1.DropUserResponse\x129\n" +
+	"\x06Invite\x12\x16.unum.v1.InviteRequest\x1a\x17.unum.v1.InviteResponse\x126\n" +
+	"\x05Login\x12\x15.unum.v1.LoginRequest\x1a\x16.unum.v1.LoginResponse\x129\n" +
+	"\x06Logout\x12\x16.unum.v1.LogoutRequest\x1a\x17.unum.v1.LogoutResponse\x129\n" +
+	"\x06Whoami\x12\x16.unum.v1.WhoamiRequest\x1a\x17.unum.v1.WhoamiResponseB2Z0github.com/unum-os/unum/internal/control/api;apib\x06proto3"
 
 var (
 	file_unum_proto_rawDescOnce sync.Once
@@ -1994,81 +3964,161 @@ func file_unum_proto_rawDescGZIP() []byte {
 }
 
 var file_unum_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_unum_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_unum_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_unum_proto_goTypes = []any{
 	(Role)(0),                     // 0: unum.v1.Role
 	(Job_State)(0),                // 1: unum.v1.Job.State
 	(*Failure)(nil),               // 2: unum.v1.Failure
-	(*StatusRequest)(nil),         // 3: unum.v1.StatusRequest
-	(*StatusResponse)(nil),        // 4: unum.v1.StatusResponse
-	(*Condition)(nil),             // 5: unum.v1.Condition
-	(*Member)(nil),                // 6: unum.v1.Member
-	(*Self)(nil),                  // 7: unum.v1.Self
-	(*Group)(nil),                 // 8: unum.v1.Group
-	(*HealthyRequest)(nil),        // 9: unum.v1.HealthyRequest
-	(*HealthyResponse)(nil),       // 10: unum.v1.HealthyResponse
-	(*TokenRequest)(nil),          // 11: unum.v1.TokenRequest
-	(*TokenResponse)(nil),         // 12: unum.v1.TokenResponse
-	(*VersionRequest)(nil),        // 13: unum.v1.VersionRequest
-	(*VersionResponse)(nil),       // 14: unum.v1.VersionResponse
-	(*ConfigRequest)(nil),         // 15: unum.v1.ConfigRequest
-	(*ConfigResponse)(nil),        // 16: unum.v1.ConfigResponse
-	(*Setting)(nil),               // 17: unum.v1.Setting
-	(*Job)(nil),                   // 18: unum.v1.Job
-	(*ListJobsRequest)(nil),       // 19: unum.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),      // 20: unum.v1.ListJobsResponse
-	(*KillRequest)(nil),           // 21: unum.v1.KillRequest
-	(*KillResponse)(nil),          // 22: unum.v1.KillResponse
-	(*WaitRequest)(nil),           // 23: unum.v1.WaitRequest
-	(*WaitResponse)(nil),          // 24: unum.v1.WaitResponse
-	(*LogsRequest)(nil),           // 25: unum.v1.LogsRequest
-	(*LogsResponse)(nil),          // 26: unum.v1.LogsResponse
-	(*WhyRequest)(nil),            // 27: unum.v1.WhyRequest
-	(*WhyResponse)(nil),           // 28: unum.v1.WhyResponse
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
+	(*LeaveRequest)(nil),          // 3: unum.v1.LeaveRequest
+	(*LeaveResponse)(nil),         // 4: unum.v1.LeaveResponse
+	(*RemoveRequest)(nil),         // 5: unum.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 6: unum.v1.RemoveResponse
+	(*DigestRequest)(nil),         // 7: unum.v1.DigestRequest
+	(*DigestResponse)(nil),        // 8: unum.v1.DigestResponse
+	(*StatusRequest)(nil),         // 9: unum.v1.StatusRequest
+	(*StatusResponse)(nil),        // 10: unum.v1.StatusResponse
+	(*Condition)(nil),             // 11: unum.v1.Condition
+	(*Member)(nil),                // 12: unum.v1.Member
+	(*Self)(nil),                  // 13: unum.v1.Self
+	(*Group)(nil),                 // 14: unum.v1.Group
+	(*HealthyRequest)(nil),        // 15: unum.v1.HealthyRequest
+	(*HealthyResponse)(nil),       // 16: unum.v1.HealthyResponse
+	(*TokenRequest)(nil),          // 17: unum.v1.TokenRequest
+	(*TokenResponse)(nil),         // 18: unum.v1.TokenResponse
+	(*VersionRequest)(nil),        // 19: unum.v1.VersionRequest
+	(*VersionResponse)(nil),       // 20: unum.v1.VersionResponse
+	(*ConfigRequest)(nil),         // 21: unum.v1.ConfigRequest
+	(*ConfigResponse)(nil),        // 22: unum.v1.ConfigResponse
+	(*Setting)(nil),               // 23: unum.v1.Setting
+	(*Job)(nil),                   // 24: unum.v1.Job
+	(*ListJobsRequest)(nil),       // 25: unum.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),      // 26: unum.v1.ListJobsResponse
+	(*KillRequest)(nil),           // 27: unum.v1.KillRequest
+	(*KillResponse)(nil),          // 28: unum.v1.KillResponse
+	(*WaitRequest)(nil),           // 29: unum.v1.WaitRequest
+	(*WaitResponse)(nil),          // 30: unum.v1.WaitResponse
+	(*LogsRequest)(nil),           // 31: unum.v1.LogsRequest
+	(*LogsResponse)(nil),          // 32: unum.v1.LogsResponse
+	(*WhyRequest)(nil),            // 33: unum.v1.WhyRequest
+	(*WhyResponse)(nil),           // 34: unum.v1.WhyResponse
+	(*Key)(nil),                   // 35: unum.v1.Key
+	(*GetRequest)(nil),            // 36: unum.v1.GetRequest
+	(*GetResponse)(nil),           // 37: unum.v1.GetResponse
+	(*PutRequest)(nil),            // 38: unum.v1.PutRequest
+	(*PutResponse)(nil),           // 39: unum.v1.PutResponse
+	(*DeleteRequest)(nil),         // 40: unum.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 41: unum.v1.DeleteResponse
+	(*ListRequest)(nil),           // 42: unum.v1.ListRequest
+	(*ListResponse)(nil),          // 43: unum.v1.ListResponse
+	(*WatchRequest)(nil),          // 44: unum.v1.WatchRequest
+	(*WatchResponse)(nil),         // 45: unum.v1.WatchResponse
+	(*Event)(nil),                 // 46: unum.v1.Event
+	(*AuditRequest)(nil),          // 47: unum.v1.AuditRequest
+	(*AuditResponse)(nil),         // 48: unum.v1.AuditResponse
+	(*AuditEntry)(nil),            // 49: unum.v1.AuditEntry
+	(*User)(nil),                  // 50: unum.v1.User
+	(*ListUsersRequest)(nil),      // 51: unum.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),     // 52: unum.v1.ListUsersResponse
+	(*PutUserRequest)(nil),        // 53: unum.v1.PutUserRequest
+	(*PutUserResponse)(nil),       // 54: unum.v1.PutUserResponse
+	(*DropUserRequest)(nil),       // 55: unum.v1.DropUserRequest
+	(*DropUserResponse)(nil),      // 56: unum.v1.DropUserResponse
+	(*InviteRequest)(nil),         // 57: unum.v1.InviteRequest
+	(*InviteResponse)(nil),        // 58: unum.v1.InviteResponse
+	(*LoginRequest)(nil),          // 59: unum.v1.LoginRequest
+	(*LoginResponse)(nil),         // 60: unum.v1.LoginResponse
+	(*LogoutRequest)(nil),         // 61: unum.v1.LogoutRequest
+	(*LogoutResponse)(nil),        // 62: unum.v1.LogoutResponse
+	(*WhoamiRequest)(nil),         // 63: unum.v1.WhoamiRequest
+	(*WhoamiResponse)(nil),        // 64: unum.v1.WhoamiResponse
+	(*durationpb.Duration)(nil),   // 65: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 66: google.protobuf.Timestamp
 }
 var file_unum_proto_depIdxs = []int32{
-	6,  // 0: unum.v1.StatusResponse.members:type_name -> unum.v1.Member
-	5,  // 1: unum.v1.StatusResponse.conditions:type_name -> unum.v1.Condition
-	7,  // 2: unum.v1.Member.self:type_name -> unum.v1.Self
-	8,  // 3: unum.v1.Self.groups:type_name -> unum.v1.Group
-	29, // 4: unum.v1.Self.uptime:type_name -> google.protobuf.Duration
-	30, // 5: unum.v1.Self.clock:type_name -> google.protobuf.Timestamp
-	29, // 6: unum.v1.TokenRequest.lifetime:type_name -> google.protobuf.Duration
+	12, // 0: unum.v1.StatusResponse.members:type_name -> unum.v1.Member
+	11, // 1: unum.v1.StatusResponse.conditions:type_name -> unum.v1.Condition
+	13, // 2: unum.v1.Member.self:type_name -> unum.v1.Self
+	14, // 3: unum.v1.Self.groups:type_name -> unum.v1.Group
+	65, // 4: unum.v1.Self.uptime:type_name -> google.protobuf.Duration
+	66, // 5: unum.v1.Self.clock:type_name -> google.protobuf.Timestamp
+	65, // 6: unum.v1.TokenRequest.lifetime:type_name -> google.protobuf.Duration
 	0,  // 7: unum.v1.TokenRequest.role:type_name -> unum.v1.Role
-	17, // 8: unum.v1.ConfigResponse.settings:type_name -> unum.v1.Setting
+	23, // 8: unum.v1.ConfigResponse.settings:type_name -> unum.v1.Setting
 	1,  // 9: unum.v1.Job.state:type_name -> unum.v1.Job.State
-	30, // 10: unum.v1.Job.start:type_name -> google.protobuf.Timestamp
-	30, // 11: unum.v1.Job.end:type_name -> google.protobuf.Timestamp
-	29, // 12: unum.v1.Job.cpu:type_name -> google.protobuf.Duration
-	18, // 13: unum.v1.ListJobsResponse.jobs:type_name -> unum.v1.Job
-	18, // 14: unum.v1.WaitResponse.job:type_name -> unum.v1.Job
-	3,  // 15: unum.v1.Node.Status:input_type -> unum.v1.StatusRequest
-	9,  // 16: unum.v1.Node.Healthy:input_type -> unum.v1.HealthyRequest
-	11, // 17: unum.v1.Node.Token:input_type -> unum.v1.TokenRequest
-	13, // 18: unum.v1.Node.Version:input_type -> unum.v1.VersionRequest
-	15, // 19: unum.v1.Node.Config:input_type -> unum.v1.ConfigRequest
-	19, // 20: unum.v1.Jobs.List:input_type -> unum.v1.ListJobsRequest
-	21, // 21: unum.v1.Jobs.Kill:input_type -> unum.v1.KillRequest
-	23, // 22: unum.v1.Jobs.Wait:input_type -> unum.v1.WaitRequest
-	25, // 23: unum.v1.Jobs.Logs:input_type -> unum.v1.LogsRequest
-	27, // 24: unum.v1.Jobs.Why:input_type -> unum.v1.WhyRequest
-	4,  // 25: unum.v1.Node.Status:output_type -> unum.v1.StatusResponse
-	10, // 26: unum.v1.Node.Healthy:output_type -> unum.v1.HealthyResponse
-	12, // 27: unum.v1.Node.Token:output_type -> unum.v1.TokenResponse
-	14, // 28: unum.v1.Node.Version:output_type -> unum.v1.VersionResponse
-	16, // 29: unum.v1.Node.Config:output_type -> unum.v1.ConfigResponse
-	20, // 30: unum.v1.Jobs.List:output_type -> unum.v1.ListJobsResponse
-	22, // 31: unum.v1.Jobs.Kill:output_type -> unum.v1.KillResponse
-	24, // 32: unum.v1.Jobs.Wait:output_type -> unum.v1.WaitResponse
-	26, // 33: unum.v1.Jobs.Logs:output_type -> unum.v1.LogsResponse
-	28, // 34: unum.v1.Jobs.Why:output_type -> unum.v1.WhyResponse
-	25, // [25:35] is the sub-list for method output_type
-	15, // [15:25] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	66, // 10: unum.v1.Job.start:type_name -> google.protobuf.Timestamp
+	66, // 11: unum.v1.Job.end:type_name -> google.protobuf.Timestamp
+	65, // 12: unum.v1.Job.cpu:type_name -> google.protobuf.Duration
+	24, // 13: unum.v1.ListJobsResponse.jobs:type_name -> unum.v1.Job
+	24, // 14: unum.v1.WaitResponse.job:type_name -> unum.v1.Job
+	35, // 15: unum.v1.GetResponse.key:type_name -> unum.v1.Key
+	35, // 16: unum.v1.ListResponse.keys:type_name -> unum.v1.Key
+	46, // 17: unum.v1.WatchResponse.events:type_name -> unum.v1.Event
+	49, // 18: unum.v1.AuditResponse.entries:type_name -> unum.v1.AuditEntry
+	66, // 19: unum.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	50, // 20: unum.v1.ListUsersResponse.users:type_name -> unum.v1.User
+	50, // 21: unum.v1.PutUserRequest.user:type_name -> unum.v1.User
+	65, // 22: unum.v1.InviteRequest.lifetime:type_name -> google.protobuf.Duration
+	50, // 23: unum.v1.LoginResponse.user:type_name -> unum.v1.User
+	66, // 24: unum.v1.LoginResponse.renewable:type_name -> google.protobuf.Timestamp
+	50, // 25: unum.v1.WhoamiResponse.user:type_name -> unum.v1.User
+	66, // 26: unum.v1.WhoamiResponse.expires:type_name -> google.protobuf.Timestamp
+	9,  // 27: unum.v1.Node.Status:input_type -> unum.v1.StatusRequest
+	15, // 28: unum.v1.Node.Healthy:input_type -> unum.v1.HealthyRequest
+	17, // 29: unum.v1.Node.Token:input_type -> unum.v1.TokenRequest
+	19, // 30: unum.v1.Node.Version:input_type -> unum.v1.VersionRequest
+	21, // 31: unum.v1.Node.Config:input_type -> unum.v1.ConfigRequest
+	3,  // 32: unum.v1.Node.Leave:input_type -> unum.v1.LeaveRequest
+	5,  // 33: unum.v1.Node.Remove:input_type -> unum.v1.RemoveRequest
+	7,  // 34: unum.v1.Node.Digest:input_type -> unum.v1.DigestRequest
+	25, // 35: unum.v1.Jobs.List:input_type -> unum.v1.ListJobsRequest
+	27, // 36: unum.v1.Jobs.Kill:input_type -> unum.v1.KillRequest
+	29, // 37: unum.v1.Jobs.Wait:input_type -> unum.v1.WaitRequest
+	31, // 38: unum.v1.Jobs.Logs:input_type -> unum.v1.LogsRequest
+	33, // 39: unum.v1.Jobs.Why:input_type -> unum.v1.WhyRequest
+	36, // 40: unum.v1.Record.Get:input_type -> unum.v1.GetRequest
+	38, // 41: unum.v1.Record.Put:input_type -> unum.v1.PutRequest
+	40, // 42: unum.v1.Record.Delete:input_type -> unum.v1.DeleteRequest
+	42, // 43: unum.v1.Record.List:input_type -> unum.v1.ListRequest
+	44, // 44: unum.v1.Record.Watch:input_type -> unum.v1.WatchRequest
+	47, // 45: unum.v1.Record.Audit:input_type -> unum.v1.AuditRequest
+	51, // 46: unum.v1.Users.List:input_type -> unum.v1.ListUsersRequest
+	53, // 47: unum.v1.Users.Put:input_type -> unum.v1.PutUserRequest
+	55, // 48: unum.v1.Users.Drop:input_type -> unum.v1.DropUserRequest
+	57, // 49: unum.v1.Users.Invite:input_type -> unum.v1.InviteRequest
+	59, // 50: unum.v1.Users.Login:input_type -> unum.v1.LoginRequest
+	61, // 51: unum.v1.Users.Logout:input_type -> unum.v1.LogoutRequest
+	63, // 52: unum.v1.Users.Whoami:input_type -> unum.v1.WhoamiRequest
+	10, // 53: unum.v1.Node.Status:output_type -> unum.v1.StatusResponse
+	16, // 54: unum.v1.Node.Healthy:output_type -> unum.v1.HealthyResponse
+	18, // 55: unum.v1.Node.Token:output_type -> unum.v1.TokenResponse
+	20, // 56: unum.v1.Node.Version:output_type -> unum.v1.VersionResponse
+	22, // 57: unum.v1.Node.Config:output_type -> unum.v1.ConfigResponse
+	4,  // 58: unum.v1.Node.Leave:output_type -> unum.v1.LeaveResponse
+	6,  // 59: unum.v1.Node.Remove:output_type -> unum.v1.RemoveResponse
+	8,  // 60: unum.v1.Node.Digest:output_type -> unum.v1.DigestResponse
+	26, // 61: unum.v1.Jobs.List:output_type -> unum.v1.ListJobsResponse
+	28, // 62: unum.v1.Jobs.Kill:output_type -> unum.v1.KillResponse
+	30, // 63: unum.v1.Jobs.Wait:output_type -> unum.v1.WaitResponse
+	32, // 64: unum.v1.Jobs.Logs:output_type -> unum.v1.LogsResponse
+	34, // 65: unum.v1.Jobs.Why:output_type -> unum.v1.WhyResponse
+	37, // 66: unum.v1.Record.Get:output_type -> unum.v1.GetResponse
+	39, // 67: unum.v1.Record.Put:output_type -> unum.v1.PutResponse
+	41, // 68: unum.v1.Record.Delete:output_type -> unum.v1.DeleteResponse
+	43, // 69: unum.v1.Record.List:output_type -> unum.v1.ListResponse
+	45, // 70: unum.v1.Record.Watch:output_type -> unum.v1.WatchResponse
+	48, // 71: unum.v1.Record.Audit:output_type -> unum.v1.AuditResponse
+	52, // 72: unum.v1.Users.List:output_type -> unum.v1.ListUsersResponse
+	54, // 73: unum.v1.Users.Put:output_type -> unum.v1.PutUserResponse
+	56, // 74: unum.v1.Users.Drop:output_type -> unum.v1.DropUserResponse
+	58, // 75: unum.v1.Users.Invite:output_type -> unum.v1.InviteResponse
+	60, // 76: unum.v1.Users.Login:output_type -> unum.v1.LoginResponse
+	62, // 77: unum.v1.Users.Logout:output_type -> unum.v1.LogoutResponse
+	64, // 78: unum.v1.Users.Whoami:output_type -> unum.v1.WhoamiResponse
+	53, // [53:79] is the sub-list for method output_type
+	27, // [27:53] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_unum_proto_init() }
@@ -2076,15 +4126,17 @@ func file_unum_proto_init() {
 	if File_unum_proto != nil {
 		return
 	}
+	file_unum_proto_msgTypes[36].OneofWrappers = []any{}
+	file_unum_proto_msgTypes[38].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_unum_proto_rawDesc), len(file_unum_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   27,
+			NumMessages:   63,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   4,
 		},
 		GoTypes:           file_unum_proto_goTypes,
 		DependencyIndexes: file_unum_proto_depIdxs,
