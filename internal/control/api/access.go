@@ -24,7 +24,7 @@ var access = map[string]rule{
 	Node_Token_FullMethodName:   admin("sudo unum token"),
 	Node_Leave_FullMethodName:   admin("sudo unum leave"),
 	Node_Remove_FullMethodName:  admin("sudo unum remove NODE"),
-	Node_Digest_FullMethodName:  admin(""),
+	Node_Digest_FullMethodName:  admin("ask as root"),
 
 	Record_Get_FullMethodName:    everyone, // of these and of Users the record judges who may do what
 	Record_Put_FullMethodName:    everyone,

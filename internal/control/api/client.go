@@ -20,8 +20,10 @@ import (
 // Client is a connection to the daemon. It may be used by many goroutines; errors
 // are of package errs.
 type Client struct {
-	Node NodeClient
-	Jobs JobsClient
+	Node   NodeClient
+	Jobs   JobsClient
+	Record RecordClient
+	Users  UsersClient
 
 	cc   *grpc.ClientConn
 	path string
@@ -49,7 +51,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	if err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
-	c.Node, c.Jobs = NewNodeClient(c.cc), NewJobsClient(c.cc)
+	c.Node, c.Jobs, c.Record, c.Users = NewNodeClient(c.cc), NewJobsClient(c.cc), NewRecordClient(c.cc), NewUsersClient(c.cc)
 	return c, nil
 }
 
