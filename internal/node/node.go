@@ -92,6 +92,9 @@ type Node struct {
 
 	known   atomic.Pointer[map[ids.Node]record.Member] // the record's members
 	stir    chan struct{}                              // holds one: the steward should look
+	rung    bell                                       // the record has changed
+	knocks  refusals                                   // told to the audit of late
+	logins  logins                                     // of a client node's users
 	turn    atomic.Uint64
 	mounted atomic.Bool
 	goes    atomic.Bool             // it leaves for good when it stops
@@ -161,7 +164,7 @@ func Open(cfg Config) (n *Node, err error) {
 	}
 	n.cfg.Log = cfg.Log.With("node", n.id.String())
 	n.ep, err = rpc.New(rpc.Config{Self: n.id, Cert: n.holder, ListenAddr: listenAddr(n.disk.Addr),
-		Resolve: n.resolve, Allowed: n.allowed, Permit: permit, Clock: cfg.Clock, Log: n.part("rpc")})
+		Resolve: n.resolve, Allowed: n.allowed, Permit: n.permitted, Clock: cfg.Clock, Log: n.part("rpc")})
 	if err != nil {
 		return nil, err
 	}
@@ -181,12 +184,19 @@ func Open(cfg Config) (n *Node, err error) {
 		}
 	}
 	n.record = newRecordClient(n)
+	if n.disk.Role == record.RoleClient {
+		if err := n.loadLogins(); err != nil {
+			return nil, err
+		}
+	}
 	if n.disk.Role == record.RoleStore {
 		if err := n.openStore(&undo); err != nil {
 			return nil, err
 		}
 	}
 	api.RegisterNodeServer(n.calls, &nodeAPI{n: n})
+	api.RegisterRecordServer(n.calls, &recordAPI{n: n})
+	api.RegisterUsersServer(n.calls, &usersAPI{n: n})
 	n.servePeers()
 	if n.metrics, err = n.newMetrics(); err != nil {
 		return nil, err
@@ -201,7 +211,7 @@ func (n *Node) openGroups(undo *[]func() error) (err error) {
 	witness := n.disk.Role == record.RoleWitness
 	var recm, volm group.Machine // a witness has none
 	if !witness {
-		recm = &record.Machine{OnChange: func(uint64) { n.refreshMembers() }}
+		recm = &record.Machine{OnChange: func(uint64) { n.refreshMembers(); n.rung.ring() }}
 		volm = &volume.Machine{OnBlocks: func(names []volume.BlockName) { n.blocks.Ensure(names) }}
 	}
 	n.host, n.rec, n.root, err = n.cfg.openHost(group.Config{Self: n.id, Dir: n.cfg.path(dirGroups), Transport: transport{n.ep}, Log: n.part("group"),

@@ -8,9 +8,7 @@ import (
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
-	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
-	"github.com/unum-os/unum/internal/member"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/wire"
 )
@@ -26,17 +24,6 @@ type memberList struct {
 	Members []record.Member `cbor:"1,keyasint"`
 }
 
-// open lists what nodes that do not store may ask for, by role. Nodes that store
-// may ask for everything: they are trusted with all there is.
-var open = map[identity.Role][]string{
-	identity.RoleWitness: {methodSelf, methodMembers, methodRenew, methodClock, methodForward, methodPropose, castRaft, streamSnap, member.Service},
-	identity.RoleClient:  {methodSelf, methodMembers, methodRenew, methodForward},
-}
-
-func permit(role identity.Role, what string) bool {
-	return role == identity.RoleStore || slices.Contains(open[role], what)
-}
-
 // servePeers registers what every node answers.
 func (n *Node) servePeers() {
 	n.ep.Handle(methodSelf, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) { return n.self(), nil, nil })
@@ -49,6 +36,9 @@ func (n *Node) servePeers() {
 		return
 	}
 	n.ep.Handle(methodRenew, n.serveRenew)
+	n.ep.Handle(methodRead, n.serveRead)
+	n.ep.Handle(methodLogin, n.serveLogin)
+	n.ep.Handle(methodRelogin, n.serveRelogin)
 	n.ep.Handle(methodAuthority, n.serveAuthority)
 	n.ep.Handle(methodJoin, func(ctx context.Context, _ ids.Node, req, _ []byte) (any, []byte, error) {
 		var q joinRequest

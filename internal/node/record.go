@@ -13,7 +13,6 @@ import (
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/group"
-	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/proc"
@@ -30,8 +29,9 @@ type recordClient struct {
 	ep     *rpc.Endpoint
 	others func() []ids.Node // that store; this node may be among them
 	log    *slog.Logger
-	trust  *identity.Trust
 	clock  clock.Clock
+
+	believe func(ctx context.Context, from ids.Node, who principal.Principal, proof []byte, what string) error
 
 	mu     sync.Mutex
 	client uint64
@@ -45,19 +45,20 @@ const (
 )
 
 func newRecordClient(n *Node) *recordClient {
-	r := &recordClient{trust: n.holder.Trust(), clock: n.cfg.Clock, g: n.rec, h: n.host, ep: n.ep, others: n.askFirst, log: n.part("record"), client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
+	r := &recordClient{clock: n.cfg.Clock, g: n.rec, h: n.host, ep: n.ep, others: n.askFirst, log: n.part("record"), client: rand.Uint64() | 1, flying: map[uint64]struct{}{}}
 	if n.disk.Role != record.RoleStore {
 		return r
 	}
-	r.ep.Handle(methodPropose, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
-		if err := r.believe(ctx, from, req); err != nil {
+	r.believe = n.believe
+	r.ep.Handle(methodPropose, func(ctx context.Context, from ids.Node, req, proof []byte) (any, []byte, error) {
+		if err := r.checked(ctx, from, req, proof); err != nil {
 			return nil, nil, err
 		}
 		res, err := r.local(ctx, req)
 		return res, nil, err
 	})
-	r.ep.Handle(methodForward, func(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
-		if err := r.believe(ctx, from, req); err != nil {
+	r.ep.Handle(methodForward, func(ctx context.Context, from ids.Node, req, proof []byte) (any, []byte, error) {
+		if err := r.checked(ctx, from, req, proof); err != nil {
 			return nil, nil, err
 		}
 		res, err := r.local(ctx, req)
@@ -71,29 +72,14 @@ func newRecordClient(n *Node) *recordClient {
 	return r
 }
 
-// believe is the door of the record: what another node proposes must come from
-// who it says. What is refused goes into the audit.
-func (r *recordClient) believe(ctx context.Context, from ids.Node, cmd []byte) error {
+// checked is the door of the record: what another node proposes must come from
+// who it says.
+func (r *recordClient) checked(ctx context.Context, from ids.Node, cmd, proof []byte) error {
 	c, err := record.DecodeCommand(cmd)
 	if err != nil || c.Barrier {
 		return err
 	}
-	m, err := r.view().Member(from)
-	if errs.Has(err, errs.NotFound) { // this replica may be behind
-		return errs.E(errs.Unavailable, "propose", from.String(), "it is not known here yet")
-	}
-	if err != nil {
-		return err
-	}
-	err = principal.Believe(from, m.Role == record.RoleStore, c.Who, nil, r.trust, r.clock.Wall())
-	if err != nil {
-		note := &record.Note{About: c.Who, What: "propose", On: from.String(), Err: uint8(errs.ClassOf(err)), Why: cut(err.Error(), record.MaxText)}
-		note.About.User = cut(note.About.User, record.MaxText)
-		if _, err := r.do(ctx, record.Command{Note: note}); err != nil {
-			r.log.Warn("a refusal is not in the audit", "from", from.String(), "err", err)
-		}
-	}
-	return err
+	return r.believe(ctx, from, c.Who, proof, "propose")
 }
 
 // local proposes on this node, which must lead.
@@ -112,6 +98,11 @@ func (r *recordClient) local(ctx context.Context, cmd []byte) (*record.Result, e
 // do has one command done exactly once, whoever leads, until ctx ends. A command
 // that does not say who asks is this node's own.
 func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result, error) {
+	return r.doAs(ctx, c, nil)
+}
+
+// doAs is do for who shows a proof.
+func (r *recordClient) doAs(ctx context.Context, c record.Command, proof principal.Proof) (*record.Result, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, 20*time.Second)
@@ -142,7 +133,7 @@ func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result
 		return nil, err
 	}
 	for try, wait := 0, 5*time.Millisecond; ; try, wait = try+1, min(2*wait, 200*time.Millisecond) {
-		res, err := r.ask(ctx, try, cmd)
+		res, err := r.ask(ctx, try, cmd, proof)
 		if err == nil {
 			return res, res.Refusal.Error("", "")
 		}
@@ -164,7 +155,7 @@ func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result
 // ask makes one attempt: at the leader, if this replica knows one, and every
 // second time through another node that stores, which may know better: a
 // replica that was taken out of the group, or that a node never had, does not.
-func (r *recordClient) ask(ctx context.Context, try int, cmd []byte) (*record.Result, error) {
+func (r *recordClient) ask(ctx context.Context, try int, cmd []byte, proof principal.Proof) (*record.Result, error) {
 	var leader ids.Node
 	if r.g != nil {
 		leader, _ = r.g.Leader()
@@ -181,7 +172,7 @@ func (r *recordClient) ask(ctx context.Context, try int, cmd []byte) (*record.Re
 	if len(others) == 0 {
 		return nil, errs.E(errs.NoQuorum, "record", "", "too few storing nodes answer to elect a leader").WithRemedy("unum status")
 	}
-	_, err := r.ep.Call(ctx, others[try/2%len(others)], methodForward, rawItem(cmd), nil, res)
+	_, err := r.ep.Call(ctx, others[try/2%len(others)], methodForward, rawItem(cmd), proof, res)
 	if errs.Has(err, errs.NotLeader) {
 		err = errs.E(errs.NoQuorum, "record", "", "too few storing nodes answer to elect a leader").WithRemedy("unum status")
 	}

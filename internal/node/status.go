@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"os"
 	"runtime"
 	"sync"
 	"time"
@@ -11,7 +10,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/unum-os/unum/internal/clock"
-	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
@@ -60,25 +58,6 @@ func (a *nodeAPI) Status(ctx context.Context, _ *api.StatusRequest) (*api.Status
 
 func (a *nodeAPI) Healthy(context.Context, *api.HealthyRequest) (*api.HealthyResponse, error) {
 	return &api.HealthyResponse{}, a.n.healthy()
-}
-
-// caller is the principal for which this node vouches when a local process asks.
-// Whoever runs the daemon is its root.
-func (n *Node) caller(c control.Cred) principal.Principal {
-	if int(c.UID) == os.Geteuid() {
-		c.UID = 0
-	}
-	return principal.Principal{Node: n.id, UID: c.UID}
-}
-
-// asker returns who asks for an administrator's verb; nobody is not taken for the
-// node itself.
-func asker(ctx context.Context) (principal.Principal, error) {
-	who := principal.FromContext(ctx)
-	if !who.Valid() {
-		return who, errs.E(errs.Unauthorized, "", "", "the request does not say who asks")
-	}
-	return who, nil
 }
 
 func (a *nodeAPI) Token(ctx context.Context, req *api.TokenRequest) (*api.TokenResponse, error) {

@@ -76,6 +76,7 @@ type steward struct {
 func (s *steward) look(ctx context.Context) bool {
 	n := s.n
 	s.renew(ctx)
+	n.renewLogins(ctx)
 	n.noteMove(ctx)
 	n.guard(ctx, &s.keys)
 	members := n.current()

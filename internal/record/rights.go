@@ -58,8 +58,12 @@ func (t *txn) may(c *Command) Refusal {
 	r := t.rights
 	ok, need := true, ""
 	switch {
-	case c.AddToken != nil, c.DropToken != nil, c.PutUser != nil, c.DropUser != "", c.AddLogin != nil:
+	case c.AddToken != nil, c.DropToken != nil, c.PutUser != nil, c.DropUser != "":
 		ok, need = r.admin, "an administrator"
+	case c.AddLogin != nil: // not from a client node: a credential must not prolong itself
+		u := t.user(c.AddLogin.User)
+		self := u != nil && r.stores && !r.who.System && u.UID == r.who.UID
+		ok, need = r.admin || self, "an administrator, or the user on a storing node"
 	case c.AddMember != nil, c.Note != nil:
 		ok, need = r.who.System && r.stores, "a storing node"
 	case c.UpdateMember != nil:

@@ -45,9 +45,9 @@ type Config struct {
 	// nil allows all. Called often and concurrently: it must be quick. When it
 	// turns false, connections end within a second.
 	Allowed func(ids.Node) bool
-	// Permit reports whether a peer with that role may call the method, send the
-	// cast, or open the stream of that name; nil permits all.
-	Permit func(role identity.Role, what string) bool
+	// Permit reports whether a peer may call the method, send the cast, or open the
+	// stream of that name; nil permits all.
+	Permit func(p identity.Peer, what string) bool
 	// Clock tells whether certificates hold; nil: the machine's. Nothing else here
 	// looks at the time of day: connections outlive its jumps.
 	Clock clock.Clock
@@ -109,7 +109,7 @@ func New(cfg Config) (*Endpoint, error) {
 		cfg.Allowed = func(ids.Node) bool { return true }
 	}
 	if cfg.Permit == nil {
-		cfg.Permit = func(identity.Role, string) bool { return true }
+		cfg.Permit = func(identity.Peer, string) bool { return true }
 	}
 	if cfg.Clock == nil {
 		cfg.Clock = clock.Real

@@ -86,7 +86,7 @@ func (l *link) close(err error) {
 
 // permit refuses what the peer may not ask for.
 func (l *link) permit(what string) error {
-	if l.e.cfg.Permit(l.role, what) {
+	if l.e.cfg.Permit(identity.Peer{Node: l.peer, Role: l.role}, what) {
 		return nil
 	}
 	return errs.E(errs.Unauthorized, what, l.e.cfg.Self.String(), "%v is a %s node, which may not ask for it", l.peer, l.role)

@@ -252,8 +252,8 @@ func FuzzLink(f *testing.F) {
 // TestRolesAreHeld: what a role may not ask for never reaches a handler.
 func TestRolesAreHeld(t *testing.T) {
 	n := newLAN(t)
-	n.permit = func(role identity.Role, what string) bool {
-		return role == identity.RoleStore || what == "open" || what == "done"
+	n.permit = func(p identity.Peer, what string) bool {
+		return p.Role == identity.RoleStore || what == "open" || what == "done"
 	}
 	var reached atomic.Int64
 	done := make(chan struct{})

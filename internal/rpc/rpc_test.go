@@ -26,7 +26,7 @@ type lan struct {
 	out map[ids.Node]bool // not allowed
 	end map[ids.Node]*running
 
-	permit func(identity.Role, string) bool // of those started later; nil: all
+	permit func(identity.Peer, string) bool // of those started later; nil: all
 }
 
 type running struct {

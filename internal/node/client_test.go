@@ -1,0 +1,189 @@
+package node
+
+import (
+	"context"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/unum-os/unum/internal/clock"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/principal"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// TestClientRoot is root of a client node with a client of its own making: it has
+// the node's key and every credential that its users have there, and may no more
+// than those users. What it tries stands in the audit.
+func TestClientRoot(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cfg := config(t)
+	wall := &clock.Shifted{}
+	cfg.Clock = wall
+	if err := Found(cfg); err != nil {
+		t.Fatal(err)
+	}
+	n1, _ := start(t, cfg)
+	settled(t, n1, 1)
+	c, _, _ := join(t, ctx, n1, record.RoleClient)
+	other, _, _ := join(t, ctx, n1, record.RoleClient)
+	settled(t, n1, 3)
+
+	root := principal.Principal{Node: n1.id}
+	must := func(cmd record.Command) {
+		t.Helper()
+		cmd.Who = root
+		if _, err := n1.record.do(ctx, cmd); err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(record.Command{PutUser: &record.User{Name: "ana", UID: 1001, GID: 1001}})
+	must(record.Command{PutUser: &record.User{Name: "ben", UID: 1002, GID: 1002}})
+	must(record.Command{Put: &record.Put{Key: "user/1002/secret", Value: []byte("ben's")}})
+	invite := func(user string) string {
+		v := principal.NewInvite()
+		must(record.Command{AddLogin: &record.LoginToken{ID: v.ID(), User: user, Expires: n1.cfg.Clock.Wall().Add(time.Hour).UnixNano()}})
+		return v.Text()
+	}
+	line := invite("ana")
+	if _, err := c.login(ctx, 5000, line); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.login(ctx, 5000, line); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("an invitation counts twice: %v", err)
+	}
+	ana := c.logins.of(5000)
+	who, proof := ana.cred.Principal(), ana.proof
+
+	// What ana may.
+	put := func(n *Node, who principal.Principal, proof principal.Proof, key string) error {
+		_, err := n.record.doAs(ctx, record.Command{Who: who, Put: &record.Put{Key: key, Value: []byte("x")}}, proof)
+		return err
+	}
+	get := func(n *Node, who principal.Principal, proof principal.Proof, key string) error {
+		_, err := n.read(ctx, readRequest{Who: who, Get: key}, proof)
+		return err
+	}
+	if err := put(c, who, proof, "user/1001/mine"); err != nil {
+		t.Fatal(err)
+	}
+	if err := get(c, who, proof, "user/1001/mine"); err != nil {
+		t.Fatal(err)
+	}
+
+	// What she and the node's root may not. Each is refused, and in the audit.
+	ben := principal.Principal{Node: c.id, UID: 1002, User: "ben"}
+	raw := func(method string, req any, data []byte) error {
+		_, err := c.ep.Call(ctx, n1.id, method, req, data, nil)
+		return err
+	}
+	forged := append(principal.Proof(nil), proof...)
+	forged[len(forged)/2] ^= 1
+	tries := []struct {
+		name  string
+		about principal.Principal // whom the audit names; zero: not checked
+		do    func() error
+	}{
+		{"read another's key", who, func() error { return get(c, who, proof, "user/1002/secret") }},
+		{"write another's key", who, func() error { return put(c, who, proof, "user/1002/secret") }},
+		{"list another's keys", who, func() error {
+			_, err := c.read(ctx, readRequest{Who: who, List: &listQuery{Prefix: "user/1002/"}}, proof)
+			return err
+		}},
+		{"list all keys", who, func() error {
+			_, err := c.read(ctx, readRequest{Who: who, List: &listQuery{Prefix: "user/"}}, proof)
+			return err
+		}},
+		{"read the audit", who, func() error {
+			_, err := c.read(ctx, readRequest{Who: who, Audit: &pageQuery{}}, proof)
+			return err
+		}},
+		{"write a setting", who, func() error { return put(c, who, proof, "settings/x") }},
+		{"speak as ben", ben, func() error { return put(c, ben, proof, "user/1002/secret") }},
+		{"read as ben", ben, func() error { return get(c, ben, proof, "user/1002/secret") }},
+		{"speak as ben without a proof", ben, func() error { return put(c, ben, nil, "user/1002/secret") }},
+		{"speak as root here", principal.Principal{Node: c.id}, func() error { return put(c, principal.Principal{Node: c.id}, proof, "settings/x") }},
+		{"speak as root of n1", root, func() error { return put(c, root, nil, "settings/x") }},
+		{"speak as n1", principal.Of(n1.id), func() error { return get(c, principal.Of(n1.id), nil, "user/1002/secret") }},
+		{"a changed proof", who, func() error { return put(c, who, forged, "user/1001/mine") }},
+		{"ana's proof from another node", who, func() error { return put(other, who, proof, "user/1001/mine") }},
+		{"an administrator's command", who, func() error {
+			_, err := c.record.doAs(ctx, record.Command{Who: who, PutUser: &record.User{Name: "ana", UID: 1001, GID: 1001, Admin: true}}, proof)
+			return err
+		}},
+		{"a token for a storing node", principal.Of(c.id), func() error {
+			_, err := c.record.do(ctx, record.Command{AddToken: &record.Token{ID: record.TokenID{9}, Uses: 1, Role: record.RoleStore}})
+			return err
+		}},
+		{"propose past the door", principal.Of(c.id), func() error {
+			return raw(methodPropose, rawItem(wire.MustMarshal(record.Command{Client: 1, Seq: 1, Who: root, DropUser: "ben"})), nil)
+		}},
+		{"the authority's key", principal.Of(c.id), func() error { return raw(methodAuthority, nil, nil) }},
+		{"a session with the files", principal.Of(c.id), func() error { return raw("vice.open", nil, nil) }},
+		{"blocks", principal.Of(c.id), func() error { return raw("block.get", nil, nil) }},
+	}
+	refused := func(name string, about principal.Principal, do func() error) {
+		t.Helper()
+		before, err := n1.record.view().Audit(0, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen := map[uint64]uint64{}
+		for _, e := range before {
+			seen[e.Seq] = e.Count
+		}
+		if err := do(); !errs.Has(err, errs.Unauthorized) && !errs.Has(err, errs.Permission) {
+			t.Errorf("%s: %v", name, err)
+			return
+		}
+		await(t, name+" is in the audit", func() bool {
+			after, err := n1.record.view().Audit(0, 1<<20)
+			return err == nil && slices.ContainsFunc(after, func(e record.Audit) bool {
+				return e.Err != 0 && e.Who == about && e.Count > seen[e.Seq]
+			})
+		})
+	}
+	for _, x := range tries {
+		refused(x.name, x.about, x.do)
+	}
+	// To join as a storing node with a client's token.
+	tok, err := n1.token(asRoot(ctx, n1), 1, 0, record.RoleClient)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine := config(t)
+	mine.Role = record.RoleStore
+	refused("join as a storing node", principal.Of(n1.id), func() error { return Join(ctx, mine, cfg.Addr, tok) })
+
+	// The credential is renewed while it counts; after its end it is worth nothing.
+	if err := wall.Set(principal.Validity-time.Minute, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := put(c, who, proof, "user/1001/mine"); err != nil {
+		t.Fatalf("a minute before its end: %v", err)
+	}
+	if err := wall.Set(principal.Validity+time.Minute, 0); err != nil {
+		t.Fatal(err)
+	}
+	refused("replay after its end", who, func() error { return put(c, who, proof, "user/1001/mine") })
+	newer, err := c.askSigner(ctx, methodRelogin, nil, proof)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := put(c, who, newer, "user/1001/mine"); err != nil {
+		t.Fatal(err)
+	}
+	// Who is disabled is refused at once, and gets no newer one.
+	must(record.Command{PutUser: &record.User{Name: "ana", UID: 1001, GID: 1001, Disabled: true}})
+	refused("a disabled user", who, func() error { return put(c, who, newer, "user/1001/mine") })
+	refused("a disabled user renews", who, func() error {
+		_, err := c.askSigner(ctx, methodRelogin, nil, newer)
+		return err
+	})
+	k, err := n1.record.view().Get("user/1002/secret")
+	if err != nil || string(k.Value) != "ben's" || k.Version != 1 {
+		t.Fatalf("ben's key: %+v %v", k, err)
+	}
+}

@@ -1,0 +1,134 @@
+package node
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/member"
+	"github.com/unum-os/unum/internal/principal"
+	"github.com/unum-os/unum/internal/record"
+)
+
+// open lists what nodes that do not store may ask for, by role. Nodes that store
+// may ask for everything: they are trusted with all there is.
+var open = map[identity.Role][]string{
+	identity.RoleWitness: {methodSelf, methodMembers, methodRenew, methodClock, methodForward, methodPropose, castRaft, streamSnap, member.Service},
+	identity.RoleClient:  {methodSelf, methodMembers, methodRenew, methodForward, methodRead, methodLogin, methodRelogin},
+}
+
+func permit(role identity.Role, what string) bool {
+	return role == identity.RoleStore || slices.Contains(open[role], what)
+}
+
+// refusals bounds what this node tells the audit of: whoever knocks all the time
+// must not fill the log of the record.
+type refusals struct {
+	mu     sync.Mutex
+	left   int
+	filled time.Time
+}
+
+const (
+	refusalsAtOnce = 50 // told in a row
+	refusalsPer    = 5  // and then so many a second
+)
+
+// take reports whether one more may be told.
+func (r *refusals) take(now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.filled.IsZero() {
+		r.left, r.filled = refusalsAtOnce, now
+	}
+	if n := int(now.Sub(r.filled).Seconds() * refusalsPer); n > 0 {
+		r.left, r.filled = min(refusalsAtOnce, r.left+n), now
+	}
+	if r.left == 0 {
+		return false
+	}
+	r.left--
+	return true
+}
+
+// refused tells the audit that this node has refused something at its door, and
+// returns why.
+func (n *Node) refused(ctx context.Context, about principal.Principal, what string, from ids.Node, why error) error {
+	if !n.knocks.take(time.Now()) {
+		n.cfg.Log.Warn("refused, and not told to the audit: there are too many", "what", what, "from", from.String(), "err", why)
+		return why
+	}
+	about.User = cut(about.User, record.MaxText)
+	note := &record.Note{About: about, What: what, On: from.String(), Err: uint8(errs.ClassOf(why)), Why: cut(firstLine(why), record.MaxText)}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	if _, err := n.record.do(ctx, record.Command{Note: note}); err != nil {
+		n.cfg.Log.Warn("a refusal is not in the audit", "what", what, "from", from.String(), "err", err)
+	}
+	return why
+}
+
+// permitted is the endpoint's question; what is refused goes into the audit.
+func (n *Node) permitted(p identity.Peer, what string) bool {
+	if permit(p.Role, what) {
+		return true
+	}
+	if n.disk.Role == record.RoleStore && n.record != nil {
+		go n.refused(context.Background(), principal.Of(p.Node), "ask for "+what, p.Node,
+			errs.E(errs.Unauthorized, "", "", "a %s node may not ask for it", p.Role))
+	}
+	return false
+}
+
+// believe checks who asks, as the node from says it, and proves it if it has to.
+func (n *Node) believe(ctx context.Context, from ids.Node, who principal.Principal, proof []byte, what string) error {
+	m, err := n.record.view().Member(from)
+	if errs.Has(err, errs.NotFound) { // this replica may be behind
+		return errs.E(errs.Unavailable, what, from.String(), "it is not known here yet")
+	}
+	if err != nil {
+		return err
+	}
+	if err := principal.Believe(from, m.Role == record.RoleStore, who, proof, n.holder.Trust(), n.cfg.Clock.Wall()); err != nil {
+		return n.refused(ctx, who, what, from, err)
+	}
+	return nil
+}
+
+// caller is the principal for which this node vouches when a local process asks.
+// Whoever runs the daemon is its root.
+func (n *Node) caller(c control.Cred) principal.Principal {
+	return principal.Principal{Node: n.id, UID: n.localUID(c)}
+}
+
+// speaker returns as whom a local process speaks to the cluster, and what proves
+// it: on a node that stores the node's word, on a client node a credential.
+func (n *Node) speaker(c control.Cred) (principal.Principal, principal.Proof, error) {
+	switch n.disk.Role {
+	case record.RoleStore:
+		return n.caller(c), nil, nil
+	case record.RoleClient:
+		if l := n.logins.of(n.localUID(c)); l != nil {
+			return l.cred.Principal(), l.proof, nil
+		}
+		return principal.Principal{}, nil, errs.E(errs.Unauthorized, "speak to the cluster", "", "nobody has logged in as uid %d on this client node", c.UID).
+			WithRemedy("unum login")
+	}
+	return principal.Principal{}, nil, errs.E(errs.Unauthorized, "speak to the cluster", "", "this node is a witness and has no users").
+		WithRemedy("ask on a node that stores")
+}
+
+// asker returns who asks for an administrator's verb; nobody is not taken for the
+// node itself.
+func asker(ctx context.Context) (principal.Principal, error) {
+	who := principal.FromContext(ctx)
+	if !who.Valid() {
+		return who, errs.E(errs.Unauthorized, "", "", "the request does not say who asks")
+	}
+	return who, nil
+}

@@ -1,0 +1,253 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
+	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/wire"
+)
+
+// How users of a client node prove who they are: an invitation, spent once, gives
+// a credential, which the client node keeps and exchanges for newer ones.
+const (
+	methodLogin   = "node.login"   // loginRequest -> loginReply; a voter that stores signs
+	methodRelogin = "node.relogin" // nothing, with a proof as the data -> loginReply
+)
+
+type loginRequest struct {
+	Secret principal.Invite `cbor:"1,keyasint"`
+}
+
+type loginReply struct {
+	Proof principal.Proof `cbor:"1,keyasint"`
+}
+
+// dirLogins holds the proofs of a client node's users, by local uid.
+const dirLogins = "logins"
+
+// login is what a local user of a client node speaks by.
+type login struct {
+	proof principal.Proof
+	cred  *principal.Credential
+}
+
+// logins are those of a client node, by local uid.
+type logins struct {
+	mu sync.Mutex
+	by map[uint32]*login
+}
+
+func (l *logins) of(uid uint32) *login {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.by[uid]
+}
+
+func (l *logins) set(uid uint32, x *login) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.by == nil {
+		l.by = map[uint32]*login{}
+	}
+	if x == nil {
+		delete(l.by, uid)
+	} else {
+		l.by[uid] = x
+	}
+}
+
+func (l *logins) all() map[uint32]*login {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := map[uint32]*login{}
+	for uid, x := range l.by {
+		out[uid] = x
+	}
+	return out
+}
+
+// localUID is the uid of a local process; whoever runs the daemon is its root.
+func (n *Node) localUID(c control.Cred) uint32 {
+	if int(c.UID) == os.Geteuid() {
+		return 0
+	}
+	return c.UID
+}
+
+func (n *Node) loginPath(uid uint32) string {
+	return n.cfg.path(dirLogins, strconv.FormatUint(uint64(uid), 10))
+}
+
+// loadLogins reads what users of this client node spoke by before it stopped.
+func (n *Node) loadLogins() error {
+	names, err := n.cfg.FS.List(n.cfg.path(dirLogins))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return errs.Wrap(err, "load logins", n.cfg.path(dirLogins))
+	}
+	for _, name := range names {
+		uid, err := strconv.ParseUint(name, 10, 32)
+		if err != nil {
+			continue // half written
+		}
+		p, err := identity.Load(n.cfg.FS, n.loginPath(uint32(uid)))
+		if err != nil {
+			return err
+		}
+		c, err := principal.VerifyRenewal(n.holder.Trust(), p, n.id, n.cfg.Clock.Wall())
+		if err != nil {
+			n.cfg.Log.Info("a login has ended", "uid", uid, "err", firstLine(err))
+			continue
+		}
+		n.logins.set(uint32(uid), &login{p, c})
+	}
+	return nil
+}
+
+// accept keeps a proof that a local user speaks by from now on.
+func (n *Node) acceptLogin(uid uint32, p principal.Proof) (*login, error) {
+	c, err := principal.Verify(n.holder.Trust(), p, n.id, n.cfg.Clock.Wall())
+	if err != nil {
+		return nil, err
+	}
+	if err := n.cfg.FS.MkdirAll(n.cfg.path(dirLogins), 0o700); err != nil {
+		return nil, errs.Wrap(err, "keep login", n.cfg.path(dirLogins))
+	}
+	if err := identity.Save(n.cfg.FS, n.loginPath(uid), p); err != nil {
+		return nil, err
+	}
+	l := &login{p, c}
+	n.logins.set(uid, l)
+	return l, nil
+}
+
+// askSigner asks the nodes that store until one answers: some cannot sign.
+func (n *Node) askSigner(ctx context.Context, method string, req any, proof []byte) (principal.Proof, error) {
+	err := error(errs.E(errs.Unavailable, "", "", "no storing node is known"))
+	for _, p := range n.askFirst() {
+		var r loginReply
+		if _, err = n.ep.Call(ctx, p, method, req, proof, &r); err == nil {
+			return r.Proof, nil
+		}
+		if c := errs.ClassOf(err); c != errs.Unavailable && c != errs.Timeout {
+			return nil, err
+		}
+	}
+	return nil, err
+}
+
+// login spends an invitation: the local user speaks as its user from now on.
+func (n *Node) login(ctx context.Context, uid uint32, text string) (*login, error) {
+	v, err := principal.ParseInvite(text)
+	if err != nil {
+		return nil, err
+	}
+	if n.disk.Role != record.RoleClient {
+		return nil, errs.E(errs.Invalid, "log in", n.id.String(), "it is a %s node: its users need not log in", n.disk.Role)
+	}
+	p, err := n.askSigner(ctx, methodLogin, loginRequest{v}, nil)
+	if err != nil {
+		return nil, err
+	}
+	return n.acceptLogin(uid, p)
+}
+
+// logout forgets what a local user speaks by.
+func (n *Node) logout(uid uint32) error {
+	if n.logins.of(uid) == nil {
+		return errs.E(errs.NotFound, "log out", fmt.Sprintf("uid %d", uid), "nobody has logged in")
+	}
+	n.logins.set(uid, nil)
+	err := n.cfg.FS.Remove(n.loginPath(uid))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return errs.Wrap(err, "log out", n.loginPath(uid))
+}
+
+// renewLogins exchanges credentials of which less than half is left.
+func (n *Node) renewLogins(ctx context.Context) {
+	for uid, l := range n.logins.all() {
+		left := time.Duration(l.cred.Expires - n.cfg.Clock.Wall().UnixNano())
+		if left > principal.Validity/2 {
+			continue
+		}
+		cctx, cancel := context.WithTimeout(ctx, renewLimit)
+		p, err := n.askSigner(cctx, methodRelogin, nil, l.proof)
+		cancel()
+		if err == nil {
+			_, err = n.acceptLogin(uid, p)
+		}
+		if err != nil && ctx.Err() == nil {
+			n.cfg.Log.Warn("a credential is not renewed", "of", l.cred.String(), "err", firstLine(err))
+		}
+	}
+}
+
+// serveLogin spends an invitation for a user of the node that asks.
+func (n *Node) serveLogin(ctx context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
+	var q loginRequest
+	if err := wire.Unmarshal(req, &q); err != nil {
+		return nil, nil, err
+	}
+	ca, err := n.authority()
+	if err != nil {
+		return nil, nil, err
+	}
+	now := n.cfg.Clock.Wall()
+	res, err := n.record.do(ctx, record.Command{Login: &record.Login{ID: q.Secret.ID(), Node: from, Now: now.UnixNano()}})
+	if err != nil {
+		return nil, nil, err // it is in the audit already
+	}
+	u := res.User
+	c, err := principal.New(n.disk.Cluster, u.Name, u.UID, u.GID, u.Groups, from, now, rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := principal.Sign(ca, c)
+	return loginReply{p}, nil, err
+}
+
+// serveRelogin gives a newer credential for one that still counts.
+func (n *Node) serveRelogin(ctx context.Context, from ids.Node, _, proof []byte) (any, []byte, error) {
+	ca, err := n.authority()
+	if err != nil {
+		return nil, nil, err
+	}
+	now := n.cfg.Clock.Wall()
+	c, err := principal.VerifyRenewal(n.holder.Trust(), proof, from, now)
+	if err != nil {
+		return nil, nil, n.refused(ctx, principal.Of(from), "renew a credential", from, err)
+	}
+	if _, err := n.rec.ReadIndex(ctx); err != nil {
+		return nil, nil, err
+	}
+	u, err := n.record.view().User(c.User)
+	if err == nil && u.Disabled {
+		err = errs.E(errs.Unauthorized, "renew a credential", c.User, "the user is disabled")
+	}
+	if err != nil {
+		return nil, nil, n.refused(ctx, c.Principal(), "renew a credential", from, err)
+	}
+	newer, err := c.Renewed(u.UID, u.GID, u.Groups, now, rand.Reader)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := principal.Sign(ca, newer)
+	return loginReply{p}, nil, err
+}
