@@ -127,7 +127,7 @@ func TestWhoMayWhat(t *testing.T) {
 		"put user":               {Command{PutUser: &User{Name: "eve", UID: 5000}}, admins},
 		"make oneself admin":     {Command{PutUser: &User{Name: "ana", UID: 1000, Admin: true}}, admins},
 		"drop user":              {Command{DropUser: "ana"}, admins},
-		"add login":              {Command{AddLogin: &LoginToken{ID: LoginID{77}, User: "ana", Expires: 5}}, admins},
+		"add login":              {Command{AddLogin: &LoginToken{ID: LoginID{77}, User: "ana", Expires: 5}}, names(admins, []string{"ana of store"})},
 		"login at n2":            {Command{Login: &Login{ID: LoginID{5}, Node: 2, Now: 1}}, systems},
 		"login at n3":            {Command{Login: &Login{ID: LoginID{5}, Node: 3, Now: 1}}, stores},
 		"put setting":            {Command{Put: &Put{Key: "settings/a"}}, admins},

@@ -158,6 +158,8 @@ func TestAccess(t *testing.T) {
 	s := NewServer(0)
 	RegisterNodeServer(s, &daemon{})
 	RegisterJobsServer(s, &daemon{})
+	RegisterRecordServer(s, &UnimplementedRecordServer{})
+	RegisterUsersServer(s, &UnimplementedUsersServer{})
 	there := map[string]bool{}
 	for service, info := range s.g.GetServiceInfo() {
 		for _, m := range info.Methods {
