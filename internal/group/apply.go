@@ -2,6 +2,7 @@ package group
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
@@ -46,6 +47,12 @@ func (q *applyQueue) push(a applyItem) {
 	}
 }
 
+func (q *applyQueue) waiting() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.items) > 0
+}
+
 func (q *applyQueue) take() []applyItem {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -71,29 +78,42 @@ type result struct {
 }
 
 func (h *Host) runApplier(ctx context.Context) error {
-	a := &applier{h: h, at: map[*Group]point{}, results: map[*Group][]result{}}
-	defer func() {
-		if a.b != nil {
-			a.b.Close()
-		}
-	}()
+	a := newApplier(h)
+	defer a.drop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil // the log has it all
 		case <-h.apply.wake:
 		}
-		for _, it := range h.apply.take() {
-			if err := a.take(it); err != nil {
-				return err
-			}
-			if ctx.Err() != nil {
-				return nil
-			}
-		}
-		if err := a.commit(); err != nil {
+		if err := a.step(ctx); err != nil {
 			return err
 		}
+	}
+}
+
+func newApplier(h *Host) *applier {
+	return &applier{h: h, at: map[*Group]point{}, results: map[*Group][]result{}}
+}
+
+// step applies what waits.
+func (a *applier) step(ctx context.Context) error {
+	for _, it := range a.h.apply.take() {
+		if err := a.take(it); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return nil // what is in the batch is dropped: the log has it
+		}
+	}
+	return a.commit()
+}
+
+// drop gives up what is not committed.
+func (a *applier) drop() {
+	if a.b != nil {
+		a.b.Close()
+		a.b = nil
 	}
 }
 
@@ -120,12 +140,18 @@ func (a *applier) take(it applyItem) error {
 		p.index, p.term = e.GetIndex(), e.GetTerm()
 		switch {
 		case e.GetType() == pb.EntryConfChangeV2:
-			p.conf, it.confs = it.confs[0], it.confs[1:]
+			if !a.h.cfg.Hooks.plants(ForgetConf) {
+				p.conf = it.confs[0]
+			}
+			it.confs = it.confs[1:]
 		case len(e.Data) > 0:
 			if err := checkData(e); err != nil {
 				return errs.E(errs.Corrupt, "apply", fmt.Sprintf("entry %d of group %d", p.index, g.id), "%v", err)
 			}
 			v := g.m.Apply(a.b, g.space, p.index, e.Data[entryHeader:])
+			if a.h.cfg.Hooks.plants(ApplyTwice) && p.index%8 == 0 {
+				v = g.m.Apply(a.b, g.space, p.index, e.Data[entryHeader:])
+			}
 			a.results[g] = append(a.results[g], result{entryID(e), p.index, v})
 		default:
 			a.results[g] = append(a.results[g], result{index: p.index})
@@ -144,6 +170,12 @@ func (a *applier) take(it applyItem) error {
 // commit writes the batch and answers.
 func (a *applier) commit() error {
 	if a.b != nil {
+		if a.h.cfg.Hooks.plants(ForgetApplied) {
+			if err := errors.Join(a.b.Commit(pebble.NoSync), a.b.Close()); err != nil {
+				return err
+			}
+			a.b = a.h.stateDB.NewIndexedBatch()
+		}
 		for _, g := range a.touched {
 			v, err := a.at[g].encode()
 			if err != nil {
@@ -240,23 +272,32 @@ func (w *worker) trim(g *Group) {
 // runTrimmer makes the state durable before logs are truncated.
 func (h *Host) runTrimmer(ctx context.Context) error {
 	for {
-		var list []trim
 		select {
 		case <-ctx.Done():
 			return nil
 		case t := <-h.trims:
-			list = append(list, t)
+			if err := h.trim(t); err != nil {
+				return err
+			}
 		}
-		for n := len(h.trims); n > 0; n-- {
-			list = append(list, <-h.trims)
-		}
+	}
+}
+
+// trim syncs the state for t and all others that wait, and passes them on.
+func (h *Host) trim(t trim) error {
+	list := []trim{t}
+	for n := len(h.trims); n > 0; n-- {
+		list = append(list, <-h.trims)
+	}
+	if !h.cfg.Hooks.plants(TrimUnsynced) {
 		if err := h.stateDB.LogData(nil, pebble.Sync); err != nil {
 			return dbErr(err, "sync", "state")
 		}
-		for _, t := range list {
-			h.in.push(event{kind: evCall, g: t.g, fn: func() { h.truncate(t) }})
-		}
 	}
+	for _, t := range list {
+		h.in.push(event{kind: evCall, g: t.g, fn: func() { h.truncate(t) }})
+	}
+	return nil
 }
 
 // truncate runs on the worker.

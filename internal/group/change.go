@@ -97,12 +97,12 @@ func (w *worker) applyChange(g *Group, e *pb.Entry) (*pb.ConfState, error) {
 	return g.conf, nil
 }
 
-// reconfigure proposes what plan makes of the configuration in force, again
+// reconfigure proposes what want makes of the configuration in force, again
 // while another change is under way, and returns when it is applied here and no
 // joint configuration is left.
-func (g *Group) reconfigure(ctx context.Context, op string, plan func(conf) (*pb.ConfChangeV2, error)) error {
+func (g *Group) reconfigure(ctx context.Context, op string, want plan) error {
 	for {
-		p := &proposal{id: g.h.newID(), ctx: ctx, change: plan, done: make(chan outcome, 1)}
+		p := &proposal{id: g.h.newID(), ctx: ctx, change: want, done: make(chan outcome, 1)}
 		o := g.submit(ctx, p)
 		var pending pendingError
 		if errors.As(o.err, &pending) {
@@ -135,12 +135,20 @@ func change(typ pb.ConfChangeType, list ...ids.Node) *pb.ConfChangeV2 {
 // happens if n has a replica. Errors as of Propose, except that a change under
 // way is waited for.
 func (g *Group) AddLearner(ctx context.Context, n ids.Node) error {
-	return g.reconfigure(ctx, "add learner "+n.String(), func(c conf) (*pb.ConfChangeV2, error) {
+	return g.reconfigure(ctx, "add learner "+n.String(), addLearner(n))
+}
+
+// plan makes a change of the configuration in force, on the worker; nil if it
+// is already so.
+type plan func(conf) (*pb.ConfChangeV2, error)
+
+func addLearner(n ids.Node) plan {
+	return func(c conf) (*pb.ConfChangeV2, error) {
 		if c.voter(n) || c.learner(n) {
 			return nil, nil
 		}
 		return change(pb.ConfChangeAddLearnerNode, n), nil
-	})
+	}
 }
 
 // caughtUp reports whether n's replica lacks so little that it may be promoted: a
@@ -159,10 +167,15 @@ func (g *Group) Promote(ctx context.Context, list ...ids.Node) error {
 // Reseat changes who votes, all at once (joint consensus): learners become
 // voters, voters become learners, and voters or learners lose their replicas.
 // Errors: Invalid if one to be promoted is no learner, or no voter that is no
-// witness would be left, Busy if one has not caught up; else as AddLearner.
+// witness would be left, or the leader of an even number of voters would lose
+// its seat, Busy if one has not caught up; else as AddLearner.
 func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error {
 	op := fmt.Sprint("promote ", add, ", demote ", demote, ", remove ", drop)
-	return g.reconfigure(ctx, op, func(c conf) (*pb.ConfChangeV2, error) {
+	return g.reconfigure(ctx, op, g.reseat(add, demote, drop))
+}
+
+func (g *Group) reseat(add, demote, drop []ids.Node) plan {
+	return func(c conf) (*pb.ConfChangeV2, error) {
 		var todo []ids.Node
 		for _, n := range add {
 			if c.voter(n) {
@@ -184,6 +197,11 @@ func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error 
 		}
 		cc := change(pb.ConfChangeAddNode, todo...)
 		left := len(g.full(c.voters())) + len(g.full(todo)) // a vote without a state is nothing
+		for _, n := range slices.Concat(demote, drop) {
+			if err := g.mayGo(c, n); err != nil {
+				return nil, err
+			}
+		}
 		for _, n := range demote {
 			if c.voter(n) {
 				cc.Changes = append(cc.Changes, change(pb.ConfChangeAddLearnerNode, n).Changes...)
@@ -205,14 +223,19 @@ func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error 
 			return nil, errs.E(errs.Invalid, "", fmt.Sprint("group ", g.id), "no voter with the state would be left")
 		}
 		return cc, nil
-	})
+	}
 }
 
 // Remove takes n out of the group, voter or learner. The leader may remove
-// itself: it then stops leading. Errors: Invalid for the last voter that is no
-// witness; else as AddLearner.
+// itself from an odd number of voters: it then stops leading. Errors: Invalid for
+// the last voter that is no witness and where the leader may not; else as
+// AddLearner.
 func (g *Group) Remove(ctx context.Context, n ids.Node) error {
-	return g.reconfigure(ctx, "remove "+n.String(), func(c conf) (*pb.ConfChangeV2, error) {
+	return g.reconfigure(ctx, "remove "+n.String(), g.remove(n))
+}
+
+func (g *Group) remove(n ids.Node) plan {
+	return func(c conf) (*pb.ConfChangeV2, error) {
 		full := g.full(c.voters())
 		switch {
 		case len(full) == 1 && full[0] == n:
@@ -220,8 +243,34 @@ func (g *Group) Remove(ctx context.Context, n ids.Node) error {
 		case !c.voter(n) && !c.learner(n):
 			return nil, nil
 		}
-		return change(pb.ConfChangeRemoveNode, n), nil
-	})
+		return change(pb.ConfChangeRemoveNode, n), g.mayGo(c, n)
+	}
+}
+
+// mayGo refuses to let a leader take its own seat away from an even number of
+// voters: the others cannot go on without its vote before they know that the
+// change is committed; they may miss that, and its log may be longer than theirs,
+// so that it votes for none of them.
+func (g *Group) mayGo(c conf, n ids.Node) error {
+	if n == g.h.cfg.Self && c.voter(n) && len(c.voters())%2 == 0 {
+		return errs.E(errs.Invalid, "", n.String(), "it leads group %d, of %d voters: let another lead first", g.id, len(c.voters()))
+	}
+	return nil
+}
+
+// transfer asks raft to, on the worker.
+func (g *Group) transfer(op string, to ids.Node) error {
+	b := g.rn.BasicStatus()
+	switch {
+	case b.RaftState != raft.StateLeader:
+		return &NotLeaderError{g.id, ids.Node(b.Lead)}
+	case !slices.Contains(g.conf.Voters, uint64(to)):
+		return errs.E(errs.Invalid, op, "", "it is no voter of group %d", g.id)
+	case g.h.witness(to):
+		return errs.E(errs.Invalid, op, "", "it is a witness: it has no state")
+	}
+	g.rn.TransferLeader(uint64(to))
+	return nil
 }
 
 // TransferLeadership makes the voter to the leader and returns when it is.
@@ -232,20 +281,7 @@ func (g *Group) TransferLeadership(ctx context.Context, to ids.Node) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*electionTicks*g.h.cfg.Tick)
 	defer cancel()
 	done := make(chan error, 1)
-	g.h.in.push(event{kind: evCall, g: g, fn: func() {
-		b := g.rn.BasicStatus()
-		switch {
-		case b.RaftState != raft.StateLeader:
-			done <- &NotLeaderError{g.id, ids.Node(b.Lead)}
-		case !slices.Contains(g.conf.Voters, uint64(to)):
-			done <- errs.E(errs.Invalid, op, "", "it is no voter of group %d", g.id)
-		case g.h.witness(to):
-			done <- errs.E(errs.Invalid, op, "", "it is a witness: it has no state")
-		default:
-			g.rn.TransferLeader(uint64(to))
-			done <- nil
-		}
-	}})
+	g.h.in.push(event{kind: evCall, g: g, fn: func() { done <- g.transfer(op, to) }})
 	select {
 	case err := <-done:
 		if err != nil {

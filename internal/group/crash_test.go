@@ -498,3 +498,31 @@ func TestDamageIsRefused(t *testing.T) {
 		})
 	}
 }
+
+// One of two leaves for good; the other loses power at once, and goes on alone.
+func TestSurvivorOfTwoLosesPower(t *testing.T) {
+	for range 5 {
+		n := newNetwork()
+		two := []ids.Node{1, 2}
+		var nodes []*node
+		for _, id := range two {
+			nodes = append(nodes, start(t, n, id, vfs.NewCrashableMem(), func(h *Host) { bootstrap(t, h, two...) }))
+		}
+		lead := leader(t, nodes)
+		ctx := testCtx(t)
+		if err := lead.h.Group(tg).Remove(ctx, lead.id); !errs.Has(err, errs.Invalid) {
+			t.Fatalf("one of two takes its own seat away: %v", err)
+		}
+		if err := lead.h.Group(tg).Remove(ctx, 3-lead.id); err != nil {
+			t.Fatal(err)
+		}
+		fs := lead.crash()
+		n.remove(3 - lead.id)
+		nodes[2-lead.id].stop()
+		alone := start(t, n, lead.id, fs, func(h *Host) { open(t, h) })
+		if _, ok, err := propose(ctx, []*node{alone}, "alone"); err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+		alone.stop()
+	}
+}

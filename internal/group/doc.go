@@ -20,7 +20,8 @@
 // nothing else touches the log database after Open. The applier owns the state
 // database's writes: it applies commands and installs snapshots. The trimmer
 // syncs the state so that the worker may truncate logs. Snapshots are sent and
-// received on goroutines of their own, a few at a time.
+// received on goroutines of their own, a few at a time. All of these only call
+// steps; a Stepper calls them from one goroutine, for the simulator.
 //
 // Invariants:
 //   - A vote or an acknowledgement leaves only after what it promises is synced;
@@ -28,6 +29,7 @@
 //   - The applied index, its term and the configuration at it are written in
 //     the same batch as the effects of the commands up to it.
 //   - truncation point <= index durable in the state <= applied <= last entry.
+//   - The commit of a change of replicas is synced before it is told or acted on.
 //   - A snapshot is installed by one atomic ingestion. A marker in the log,
 //     synced before it, lets a restart tell an installed snapshot whose log was
 //     not yet reset from damage.

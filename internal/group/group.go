@@ -11,7 +11,6 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 	"go.etcd.io/raft/v3"
-	pb "go.etcd.io/raft/v3/raftpb"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
@@ -107,10 +106,10 @@ type proposal struct {
 	ctx    context.Context
 	size   int64 // taken from the gate
 	data   []byte
-	change func(conf) (*pb.ConfChangeV2, error) // instead of data: makes the change
-	handed bool                                 // raft has it; the worker's
-	index  uint64                               // in the log, once there
-	done   chan outcome                         // room for the one outcome
+	change plan         // instead of data
+	handed bool         // raft has it; the worker's
+	index  uint64       // in the log, once there
+	done   chan outcome // room for the one outcome
 }
 
 type outcome struct {
@@ -148,42 +147,59 @@ func (g *Group) ID() ids.Group { return g.id }
 // *NotLeaderError; surely not applied), Busy (refused, try again), TooLarge,
 // and Timeout or Interrupted (it may be applied yet, or never).
 func (g *Group) Propose(ctx context.Context, cmd []byte) (any, uint64, error) {
-	place := fmt.Sprint(g.id)
-	if len(cmd) == 0 || len(cmd) > MaxCommand {
-		return nil, 0, errs.E(errs.TooLarge, "propose to group", place, "%d bytes, want 1 to %d", len(cmd), MaxCommand)
-	}
-	if leader, _ := g.Leader(); leader != g.h.cfg.Self {
-		return nil, 0, &NotLeaderError{g.id, leader}
-	}
-	if g.h.cfg.Witness {
-		return nil, 0, g.notHere("propose to group")
-	}
-	n := int64(len(cmd) + 256) // and what surrounds it
-	switch err := g.gate.acquire(ctx, n, g.h.stopped); {
-	case errs.Has(err, errs.Unavailable):
+	p, err := g.proposal(ctx, ctx, cmd)
+	if err != nil {
 		return nil, 0, err
-	case err != nil:
-		return nil, 0, errs.E(errs.Busy, "propose to group", place, "too much is waiting to be applied")
 	}
-	p := &proposal{id: g.h.newID(), ctx: ctx, size: n, done: make(chan outcome, 1)}
-	p.data = append(append(append(make([]byte, 0, entryHeader+len(cmd)), entryVersion), p.id[:]...), cmd...)
 	start := time.Now()
 	o := g.submit(ctx, p)
 	g.h.count.proposed(start, o)
 	return o.result, o.index, o.err
 }
 
-// submit hands p to the worker and waits.
-func (g *Group) submit(ctx context.Context, p *proposal) outcome {
+// proposal makes a proposal of cmd, for which room is awaited until room ends.
+func (g *Group) proposal(ctx, room context.Context, cmd []byte) (*proposal, error) {
+	place := fmt.Sprint(g.id)
+	if len(cmd) == 0 || len(cmd) > MaxCommand {
+		return nil, errs.E(errs.TooLarge, "propose to group", place, "%d bytes, want 1 to %d", len(cmd), MaxCommand)
+	}
+	if leader, _ := g.Leader(); leader != g.h.cfg.Self {
+		return nil, &NotLeaderError{g.id, leader}
+	}
+	if g.h.cfg.Witness {
+		return nil, g.notHere("propose to group")
+	}
+	n := int64(len(cmd) + 256) // and what surrounds it
+	switch err := g.gate.acquire(room, n, g.h.stopped); {
+	case errs.Has(err, errs.Unavailable):
+		return nil, err
+	case err != nil:
+		return nil, errs.E(errs.Busy, "propose to group", place, "too much is waiting to be applied")
+	}
+	p := &proposal{id: g.h.newID(), ctx: ctx, size: n, done: make(chan outcome, 1)}
+	p.data = append(append(append(make([]byte, 0, entryHeader+len(cmd)), entryVersion), p.id[:]...), cmd...)
+	return p, nil
+}
+
+// enqueue hands p to the worker.
+func (g *Group) enqueue(p *proposal) error {
 	g.mu.Lock()
 	if g.stopped != nil {
 		g.mu.Unlock()
 		g.gate.release(p.size)
-		return outcome{err: g.stopped}
+		return g.stopped
 	}
 	g.props[p.id] = p
 	g.mu.Unlock()
 	g.h.in.push(event{kind: evPropose, g: g, p: p})
+	return nil
+}
+
+// submit hands p to the worker and waits.
+func (g *Group) submit(ctx context.Context, p *proposal) outcome {
+	if err := g.enqueue(p); err != nil {
+		return outcome{err: err}
+	}
 	select {
 	case o := <-p.done:
 		return o
@@ -261,14 +277,28 @@ func (g *Group) failAll(err error) {
 // while a leader can be reached, and writes nothing. Errors: Timeout,
 // Interrupted, Unavailable; on a witness NotLeader, or Busy when it leads.
 func (g *Group) ReadIndex(ctx context.Context) (uint64, error) {
+	r, err := g.reader(ctx)
+	if err != nil {
+		return 0, err
+	}
+	select {
+	case o := <-r.done:
+		return o.index, o.err
+	case <-ctx.Done():
+		return 0, waitErr(ctx, "read from group", g.id, "; no leader confirmed the read")
+	}
+}
+
+// reader begins a read and tells the worker.
+func (g *Group) reader(ctx context.Context) (*reader, error) {
 	if g.h.cfg.Witness {
-		return 0, g.notHere("read from group")
+		return nil, g.notHere("read from group")
 	}
 	r := &reader{ctx: ctx, done: make(chan outcome, 1)}
 	g.mu.Lock()
 	if g.stopped != nil {
 		g.mu.Unlock()
-		return 0, g.stopped
+		return nil, g.stopped
 	}
 	g.reads = append(g.reads, r)
 	tell := !g.asked
@@ -277,12 +307,7 @@ func (g *Group) ReadIndex(ctx context.Context) (uint64, error) {
 	if tell {
 		g.h.in.push(event{kind: evRead, g: g})
 	}
-	select {
-	case o := <-r.done:
-		return o.index, o.err
-	case <-ctx.Done():
-		return 0, waitErr(ctx, "read from group", g.id, "; no leader confirmed the read")
-	}
+	return r, nil
 }
 
 // releaseReads lets the readers go whose barrier is applied.

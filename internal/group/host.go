@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -84,7 +85,9 @@ type Config struct {
 	Tick      time.Duration // 0: DefaultTick; the same on all nodes
 	LogBytes  int64         // log a group keeps for followers that lag; 0: DefaultLogBytes
 	Log       *slog.Logger
-	FS        vfs.FS // nil: the real one
+	FS        vfs.FS    // nil: the real one
+	Rand      io.Reader // of the ids of proposals; nil: crypto/rand
+	Hooks     *Hooks    // nil, except in the simulator
 
 	// Witness says that this node keeps logs only. Never changed for a directory.
 	Witness bool
@@ -160,7 +163,12 @@ func New(cfg Config) (*Host, error) {
 		disk: map[ids.Group]bool{}, groups: map[ids.Group]*Group{},
 	}
 	var n [8]byte
-	rand.Read(n[:]) // never fails
+	if cfg.Rand == nil {
+		cfg.Rand = rand.Reader
+	}
+	if _, err := io.ReadFull(cfg.Rand, n[:]); err != nil {
+		return nil, errs.Wrap(err, "open groups", cfg.Dir)
+	}
 	h.nonce = binary.BigEndian.Uint64(n[:])
 	if err := h.guard(h.openAll); err != nil {
 		return nil, err
@@ -375,21 +383,16 @@ func errStopped() error {
 // Run steps the groups until ctx ends, which gives nil, or the host fails.
 // Callers still waiting then get an error. A host runs once.
 func (h *Host) Run(ctx context.Context) error {
-	h.mu.Lock()
-	if err := h.unusable(); err != nil || h.running {
-		h.mu.Unlock()
-		if err == nil {
-			err = errs.E(errs.Invalid, "run groups", h.cfg.Dir, "they run already")
-		}
+	if err := h.begin(); err != nil {
 		return err
 	}
-	h.running = true
-	h.mu.Unlock()
-
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
-	w := newWorker(h, ctx, &wg)
+	w := newWorker(h, ctx)
+	w.launch = func(s *shipment) {
+		h.spawn(&wg, "snapshot sender", func() error { return s.run(ctx) })
+	}
 	h.spawn(&wg, "worker", func() error { return w.run(ctx) })
 	h.spawn(&wg, "applier", func() error { return h.runApplier(ctx) })
 	h.spawn(&wg, "trimmer", func() error { return h.runTrimmer(ctx) })
@@ -417,6 +420,25 @@ func (h *Host) Run(ctx context.Context) error {
 			waiting = false
 		}
 	}
+	return h.end()
+}
+
+// begin claims the right to step the groups, once.
+func (h *Host) begin() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.unusable(); err != nil {
+		return err
+	}
+	if h.running {
+		return errs.E(errs.Invalid, "run groups", h.cfg.Dir, "they run already")
+	}
+	h.running = true
+	return nil
+}
+
+// end gives all that wait their error; nothing is stepped any more.
+func (h *Host) end() error {
 	h.mu.Lock()
 	h.ended, h.running = true, false
 	err := h.failure()

@@ -67,6 +67,12 @@ func (q *inbox) push(e event) bool {
 	return true
 }
 
+func (q *inbox) waiting() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.events) > 0
+}
+
 // take empties the queue; spare becomes its memory.
 func (q *inbox) take(spare []event) []event {
 	clear(spare[:cap(spare)])

@@ -71,95 +71,121 @@ type snapAnswer struct {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// startSnapshot sends a snapshot on a goroutine of its own and reports to raft
-// how it went; without the report the follower would stay paused.
-func (w *worker) startSnapshot(g *Group, m *pb.Message) {
-	to := ids.Node(m.GetTo())
-	g.holds[m.GetTo()] = m.GetSnapshot().GetMetadata().GetIndex()
-	h, term := w.h, m.GetTerm()
-	var bare *pb.SnapshotMetadata
-	if h.witness(to) {
-		bare = m.GetSnapshot().GetMetadata()
-		g.told = max(g.told, bare.GetIndex())
-	}
-	// The state may be behind the configuration raft uses, which has the peer.
-	ready := g.awaitApplied(w.ctx, g.confAt)
-	h.spawn(w.wg, "snapshot sender", func() error {
-		var err error
-		select {
-		case h.sending <- struct{}{}:
-			select {
-			case o := <-ready.done:
-				err = o.err
-			case <-w.ctx.Done():
-				err = w.ctx.Err()
-			}
-			if err == nil {
-				err = h.sendSnapshot(w.ctx, g, to, term, bare)
-			}
-			<-h.sending
-		default:
-			err = errs.E(errs.Busy, "send snapshot", to.String(), "%d are being sent", snapshotsOut)
-		}
-		status := raft.SnapshotFinish
-		if err != nil {
-			if w.ctx.Err() != nil {
-				return nil
-			}
-			status = raft.SnapshotFailure
-			h.log.Info("snapshot not delivered", "group", uint64(g.id), "to", to, "err", err)
-			t := time.NewTimer(snapshotRetry * h.cfg.Tick)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-w.ctx.Done():
-				return nil
-			}
-		}
-		h.in.push(event{kind: evCall, g: g, fn: func() {
-			delete(g.holds, uint64(to))
-			g.rn.ReportSnapshot(uint64(to), status)
-		}})
-		return nil
-	})
+// shipment is a snapshot on its way to a replica.
+type shipment struct {
+	w     *worker
+	g     *Group
+	to    ids.Node
+	term  uint64
+	bare  *pb.SnapshotMetadata // for a witness: all that it gets
+	ready *reader              // let go when the state has the configuration raft uses, which has the peer
 }
 
-// sendSnapshot streams the group's state as it is now, or to a witness only what
-// raft has to know of the point in bare.
-func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uint64, bare *pb.SnapshotMetadata) error {
-	place := fmt.Sprintf("snapshot of group %d to %v", g.id, to)
+func (s *shipment) place() string { return fmt.Sprintf("snapshot of group %d to %v", s.g.id, s.to) }
+
+// startSnapshot begins to send a snapshot. How it went is reported to raft;
+// without the report the follower would stay paused.
+func (w *worker) startSnapshot(g *Group, m *pb.Message) {
+	g.holds[m.GetTo()] = m.GetSnapshot().GetMetadata().GetIndex()
+	s := &shipment{w: w, g: g, to: ids.Node(m.GetTo()), term: m.GetTerm()}
+	if w.h.witness(s.to) {
+		s.bare = m.GetSnapshot().GetMetadata()
+		g.told = max(g.told, s.bare.GetIndex())
+	}
+	select {
+	case w.h.sending <- struct{}{}:
+		s.ready = g.awaitApplied(w.ctx, g.confAt)
+		w.launch(s)
+	default:
+		s.report(errs.E(errs.Busy, "send snapshot", s.to.String(), "%d are being sent", snapshotsOut))
+	}
+}
+
+// run sends the snapshot, on a goroutine of its own.
+func (s *shipment) run(ctx context.Context) error {
+	var err error
+	select {
+	case o := <-s.ready.done:
+		if err = o.err; err == nil {
+			err = s.send(ctx)
+		}
+	case <-ctx.Done():
+	}
+	if ctx.Err() == nil {
+		s.over(err)
+	}
+	return nil
+}
+
+// over ends the shipment; the worker hears of it.
+func (s *shipment) over(err error) {
+	<-s.w.h.sending
+	s.w.h.in.push(event{kind: evCall, g: s.g, fn: func() { s.report(err) }})
+}
+
+// report tells raft, on the worker: of a failure only when it is time to try
+// again.
+func (s *shipment) report(err error) {
+	w, status := s.w, raft.SnapshotFinish
+	tell := func() {
+		delete(s.g.holds, uint64(s.to))
+		s.g.rn.ReportSnapshot(uint64(s.to), status)
+	}
+	if err == nil {
+		tell()
+		return
+	}
+	status = raft.SnapshotFailure
+	w.h.log.Info("snapshot not delivered", "group", uint64(s.g.id), "to", s.to, "err", err)
+	w.later = append(w.later, delayed{w.ticks + snapshotRetry, s.g, tell})
+}
+
+// send streams the snapshot and waits for the answer.
+func (s *shipment) send(ctx context.Context) error {
 	dctx, cancel := context.WithTimeout(ctx, snapshotStall)
 	defer cancel()
-	c, err := h.cfg.Transport.Dial(dctx, to, Service)
+	c, err := s.w.h.cfg.Transport.Dial(dctx, s.to, Service)
 	if err != nil {
-		return errs.Wrap(err, "send", place)
+		return errs.Wrap(err, "send", s.place())
 	}
-	c = h.metered(c)
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
+	if err := s.stream(c); err != nil {
+		return err
+	}
+	return s.answer(c)
+}
 
-	s := newSnapWriter(c)
+// stream writes the group's state as it is now, or for a witness only what raft
+// has to know of the point in bare.
+func (s *shipment) stream(c net.Conn) error {
+	h, place := s.w.h, s.place()
+	sw := newSnapWriter(h.metered(c))
 	begin := func(md *pb.SnapshotMetadata) error {
 		msg, err := proto.Marshal(&pb.Message{
-			Type: pb.MsgSnap.Enum(), From: new(uint64(h.cfg.Self)), To: new(uint64(to)), Term: &term,
+			Type: pb.MsgSnap.Enum(), From: new(uint64(h.cfg.Self)), To: new(uint64(s.to)), Term: &s.term,
 			Snapshot: &pb.Snapshot{Metadata: md},
 		})
 		if err != nil {
 			return err
 		}
-		return errs.Wrap(s.frame(frameBegin, wire.MustMarshal(snapBegin{g.id, msg, bare != nil}), nil), "send", place)
+		return errs.Wrap(sw.frame(frameBegin, wire.MustMarshal(snapBegin{s.g.id, msg, s.bare != nil}), nil), "send", place)
 	}
-	if bare != nil {
-		err = begin(bare)
+	var err error
+	if s.bare != nil {
+		err = begin(s.bare)
 	} else {
-		err = h.sendState(g, place, s, begin)
+		err = h.sendState(s.g, place, sw, begin)
 	}
 	if err != nil {
 		return err
 	}
-	if err := s.end(); err != nil {
-		return errs.Wrap(err, "send", place)
-	}
+	return errs.Wrap(sw.end(), "send", place)
+}
+
+// answer reads what the receiver made of it.
+func (s *shipment) answer(c net.Conn) error {
+	place := s.place()
 	if err := c.SetReadDeadline(time.Now().Add(installWait)); err != nil {
 		return errs.Wrap(err, "send", place)
 	}
@@ -174,7 +200,7 @@ func (h *Host) sendSnapshot(ctx context.Context, g *Group, to ids.Node, term uin
 	if a.Refused != "" {
 		return errs.E(errs.Unavailable, "send", place, "refused: %s", a.Refused)
 	}
-	h.count.snapshotsOut.Add(1)
+	s.w.h.count.snapshotsOut.Add(1)
 	return nil
 }
 
@@ -289,24 +315,30 @@ func (f *filling) discard() error {
 func (h *Host) ReceiveSnapshot(ctx context.Context, from ids.Node, c net.Conn) error {
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
-	c = h.metered(c)
 	f, err := h.fillSnapshot(from, c)
-	answer := snapAnswer{}
+	why := ""
 	if err == nil {
 		h.in.push(event{kind: evSnapshot, g: f.g, fill: f})
 		select {
-		case why := <-f.over:
-			answer.Refused = why
+		case why = <-f.over:
 		case <-h.stopped:
-			answer.Refused = "the node is stopping"
+			why = "the node is stopping"
 		}
-		if answer.Refused == "" {
-			h.count.snapshotsIn.Add(1)
-		} else {
-			err = errs.E(errs.Busy, "install snapshot of group", fmt.Sprint(f.g.id), "%s", answer.Refused)
-		}
-	} else {
+	}
+	return h.answerSnapshot(from, c, f, why, err)
+}
+
+// answerSnapshot tells the sender, and gives up the files of what was refused:
+// by err, or with f by why.
+func (h *Host) answerSnapshot(from ids.Node, c net.Conn, f *filling, why string, err error) error {
+	answer := snapAnswer{Refused: why}
+	switch {
+	case err != nil:
 		answer.Refused = errs.ClassOf(err).String()
+	case why == "":
+		h.count.snapshotsIn.Add(1)
+	default:
+		err = errs.E(errs.Busy, "install snapshot of group", fmt.Sprint(f.g.id), "%s", why)
 	}
 	if f != nil && answer.Refused != "" {
 		err = errors.Join(err, f.discard())
@@ -337,7 +369,7 @@ func (h *Host) fillSnapshot(from ids.Node, c net.Conn) (*filling, error) {
 	default:
 		return nil, errs.E(errs.Busy, "receive snapshot", "from "+from.String(), "%d are coming in", snapshotsIn)
 	}
-	r := bufio.NewReaderSize(c, 64<<10)
+	r := bufio.NewReaderSize(h.metered(c), 64<<10)
 	next := func() (wire.Frame, error) {
 		if err := c.SetReadDeadline(time.Now().Add(snapshotStall)); err != nil {
 			return wire.Frame{}, err
@@ -571,6 +603,9 @@ func (w *worker) park(g *Group, rd raft.Ready, b *pebble.Batch) error {
 		return err
 	}
 	g.parked = &parked{rd: rd, fill: f}
+	if w.h.cfg.Hooks.plants(NoMarker) {
+		return nil
+	}
 	return dbErr(b.Set(logKey(g.id, logMarker), v, nil), "install snapshot of group", fmt.Sprint(g.id))
 }
 

@@ -1,9 +1,10 @@
 package group
 
 import (
+	"bytes"
 	"context"
 	"fmt"
-	"sync"
+	"slices"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -62,12 +63,22 @@ type parked struct {
 type worker struct {
 	h      *Host
 	ctx    context.Context // of Run
-	wg     *sync.WaitGroup // for what the worker starts
 	groups []*Group
 	dirty  []*Group
 	ticks  uint64
+	events []event
 	out    map[ids.Node]*outgoing
+	peers  []ids.Node // memory of flush
 	failed []unreachable
+	later  []delayed         // in no order
+	launch func(s *shipment) // begins to send a snapshot
+}
+
+// delayed is something to be done at a tick.
+type delayed struct {
+	tick uint64
+	g    *Group
+	fn   func()
 }
 
 // outgoing is the transport message being made for one peer.
@@ -87,14 +98,13 @@ type turn struct {
 	rd raft.Ready
 }
 
-func newWorker(h *Host, ctx context.Context, wg *sync.WaitGroup) *worker {
-	return &worker{h: h, ctx: ctx, wg: wg, out: map[ids.Node]*outgoing{}}
+func newWorker(h *Host, ctx context.Context) *worker {
+	return &worker{h: h, ctx: ctx, out: map[ids.Node]*outgoing{}}
 }
 
 func (w *worker) run(ctx context.Context) error {
 	tick := time.NewTicker(w.h.cfg.Tick)
 	defer tick.Stop()
-	var events []event
 	for {
 		if len(w.dirty) == 0 {
 			select {
@@ -113,14 +123,19 @@ func (w *worker) run(ctx context.Context) error {
 			default:
 			}
 		}
-		events = w.h.in.take(events)
-		for i := range events {
-			w.handle(&events[i])
-		}
-		if err := w.round(); err != nil {
+		if err := w.step(); err != nil {
 			return err
 		}
 	}
+}
+
+// step deals with what has come in, and does one round.
+func (w *worker) step() error {
+	w.events = w.h.in.take(w.events)
+	for i := range w.events {
+		w.handle(&w.events[i])
+	}
+	return w.round()
 }
 
 func (w *worker) mark(g *Group) {
@@ -135,8 +150,8 @@ func (w *worker) tick() {
 	for _, g := range w.groups {
 		g.rn.Tick()
 		w.mark(g)
-		for id, b := range g.asking {
-			if w.ticks-b.tick >= readRetryTicks {
+		for _, id := range g.askedIDs() {
+			if b := g.asking[id]; w.ticks-b.tick >= readRetryTicks {
 				delete(g.asking, id)
 				w.ask(g, b.readers)
 			}
@@ -151,6 +166,26 @@ func (w *worker) tick() {
 			w.tellFloor(g)
 		}
 	}
+	due := w.later
+	w.later = nil
+	for _, d := range due {
+		if d.tick > w.ticks {
+			w.later = append(w.later, d)
+			continue
+		}
+		d.fn()
+		w.mark(d.g)
+	}
+}
+
+// askedIDs lists the barriers under way in the order in which they were asked.
+func (g *Group) askedIDs() []proposalID {
+	list := make([]proposalID, 0, len(g.asking))
+	for id := range g.asking {
+		list = append(list, id)
+	}
+	slices.SortFunc(list, func(a, b proposalID) int { return bytes.Compare(a[:], b[:]) })
+	return list
 }
 
 func (w *worker) handle(e *event) {
@@ -201,6 +236,10 @@ func (w *worker) acceptable(g *Group, m *pb.Message) bool {
 		beyond = m.GetCommit() > g.log.last && g.parked == nil
 	case pb.MsgAppResp:
 		beyond = m.GetIndex() > g.log.last || m.GetRejectHint() > g.log.last
+	case pb.MsgReadIndex:
+		// Raft would pass it on in its sender's name, which the leader refuses,
+		// and with it all that this node has to say. The sender asks again.
+		return g.rn.BasicStatus().RaftState == raft.StateLeader
 	}
 	if beyond && !g.gone {
 		g.gone = true
@@ -254,6 +293,21 @@ func (w *worker) ask(g *Group, readers []*reader) {
 	if len(left) == 0 {
 		return
 	}
+	switch k := w.h.cfg.Hooks; {
+	case k.plants(ReuseReadContext):
+		for _, id := range g.askedIDs() {
+			batch := g.asking[id]
+			batch.readers = append(batch.readers, left...)
+			g.asking[id] = batch
+			return
+		}
+	case k.plants(LocalRead) && g.leading:
+		g.mu.Lock()
+		g.confirmed = append(g.confirmed, readBatch{index: g.rn.BasicStatus().GetCommit(), readers: left})
+		g.mu.Unlock()
+		g.releaseReads()
+		return
+	}
 	id := w.h.newID()
 	g.asking[id] = readBatch{readers: left, tick: w.ticks}
 	if g.leading && !g.ready {
@@ -302,14 +356,21 @@ func (w *worker) round() error {
 			continue
 		}
 		g.dropFill("not wanted")
-		if g.leading { // the others may write while this node does
+		switch {
+		case w.h.cfg.Hooks.plants(AckBeforeSync):
+			w.sendAll(g, rd.Messages)
+		case g.leading: // the others may write while this node does
 			w.send(g, rd.Messages, true)
 		}
 		w.match(g, rd.Entries)
-		if err := g.log.write(b, rd.Entries, rd.HardState); err != nil {
+		hard := rd.HardState
+		if hard != nil && w.h.cfg.Hooks.plants(ForgetVote) {
+			hard = &pb.HardState{Term: hard.Term, Commit: hard.Commit, Vote: new(uint64)}
+		}
+		if err := g.log.write(b, rd.Entries, hard); err != nil {
 			return dbErr(err, "write log of group", fmt.Sprint(g.id))
 		}
-		sync = sync || rd.MustSync
+		sync = sync || rd.MustSync || changesReplicas(rd.CommittedEntries) && !w.h.cfg.Hooks.plants(UnsyncedChange)
 		turns = append(turns, turn{g, rd})
 	}
 	w.flush()
@@ -333,12 +394,19 @@ func (w *worker) round() error {
 	return nil
 }
 
+// changesReplicas tells whether a configuration is committed with the entries. The
+// commit must then be durable before anybody hears of it: who was taken out may
+// go for good, and a node that forgets would wait for its vote for ever.
+func changesReplicas(ents []*pb.Entry) bool {
+	return slices.ContainsFunc(ents, func(e *pb.Entry) bool { return e.GetType() == pb.EntryConfChangeV2 })
+}
+
 func (w *worker) commit(b *pebble.Batch, sync bool) error {
 	if b.Empty() {
 		return nil
 	}
 	o := pebble.NoSync
-	if sync {
+	if sync && !w.h.cfg.Hooks.plants(SkipSync) {
 		o = pebble.Sync
 	}
 	if sync {
@@ -351,10 +419,19 @@ func (w *worker) commit(b *pebble.Batch, sync bool) error {
 func (w *worker) finish(t turn) error {
 	g, rd := t.g, t.rd
 	g.log.wrote(rd.Entries, rd.HardState)
-	if g.leading {
+	k := w.h.cfg.Hooks
+	if k != nil && k.Wrote != nil {
+		k.Wrote(g.id, rd.Entries)
+	}
+	switch {
+	case k.plants(AckBeforeSync):
+	case g.leading:
 		w.send(g, rd.Messages, false)
-	} else {
+	default:
 		w.sendAll(g, rd.Messages)
+	}
+	if k != nil && k.Committed != nil {
+		k.Committed(g.id, g.term, rd.CommittedEntries)
 	}
 	item := applyItem{g: g, entries: rd.CommittedEntries}
 	for _, e := range rd.CommittedEntries {
@@ -424,8 +501,8 @@ func (w *worker) notice(g *Group) {
 	g.publish()
 	if again && len(g.asking) > 0 {
 		var readers []*reader
-		for _, batch := range g.asking {
-			readers = append(readers, batch.readers...)
+		for _, id := range g.askedIDs() {
+			readers = append(readers, g.asking[id].readers...)
 		}
 		clear(g.asking)
 		w.ask(g, readers)
@@ -446,6 +523,9 @@ func (w *worker) match(g *Group, ents []*pb.Entry) {
 		if p := g.props[entryID(e)]; p != nil {
 			p.index = e.GetIndex()
 			g.byIndex[p.index] = p
+			if w.h.cfg.Hooks.plants(AnswerEarly) {
+				g.resolveLocked(p.id, outcome{index: p.index})
+			}
 		}
 		if e.GetType() == pb.EntryConfChangeV2 {
 			g.settled = e.GetIndex()
@@ -525,11 +605,17 @@ func (w *worker) outgoing(to ids.Node, g *Group) *outgoing {
 }
 
 func (w *worker) flush() {
+	peers := w.peers[:0]
 	for to, o := range w.out {
 		if len(o.buf) > 0 {
-			w.deliver(to, o)
+			peers = append(peers, to)
 		}
 	}
+	slices.Sort(peers)
+	for _, to := range peers {
+		w.deliver(to, w.out[to])
+	}
+	w.peers = peers
 }
 
 func (w *worker) deliver(to ids.Node, o *outgoing) {
