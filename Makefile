@@ -1,5 +1,5 @@
 # make build: bin/unum. make test: everything. make demo: see it work.
-# make deb: a Debian package.
+# make deb: a Debian package. make torture: the long runs.
 GO ?= go
 export CGO_ENABLED = 0
 VERSION := $(shell scripts/version)
@@ -8,7 +8,7 @@ LDFLAGS = -s -w
 # must keep every method of every type: 4.5 MB.
 TAGS = grpcnotrace
 
-.PHONY: build test demo unit cluster deps clean check deb proto
+.PHONY: build test torture demo unit cluster deps clean check deb proto
 
 build: bin/unum
 
@@ -29,6 +29,9 @@ test: deps build
 # The Go code of the control API, from its .proto file.
 proto:
 	@scripts/proto
+
+torture: deps
+	GO="$(GO)" scripts/torture
 
 clean:
 	rm -rf bin cmd/unum/core/unum-core cmd/unum/core/unum-core.id

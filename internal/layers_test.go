@@ -29,6 +29,7 @@ var layers = [][]string{
 	{"config", "daemon", "doctor"},
 	{"node"},
 	{"lab"},
+	{"sim"},
 }
 
 // part returns the name under which a package stands in layers.

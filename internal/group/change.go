@@ -91,6 +91,7 @@ func (w *worker) applyChange(g *Group, e *pb.Entry) (*pb.ConfState, error) {
 		return nil, errs.E(errs.Corrupt, "apply", fmt.Sprintf("entry %d of group %d", e.GetIndex(), g.id), "%v", err)
 	}
 	g.conf, g.confAt = g.rn.ApplyConfChange(cc), e.GetIndex()
+	g.publish() // before the answer: who asked looks at the status
 	g.resolve(entryID(e), outcome{index: e.GetIndex()})
 	w.h.log.Info("group's replicas changed", "group", uint64(g.id), "voters", g.conf.Voters,
 		"outgoing", g.conf.VotersOutgoing, "learners", g.conf.Learners)
@@ -167,8 +168,8 @@ func (g *Group) Promote(ctx context.Context, list ...ids.Node) error {
 // Reseat changes who votes, all at once (joint consensus): learners become
 // voters, voters become learners, and voters or learners lose their replicas.
 // Errors: Invalid if one to be promoted is no learner, or no voter that is no
-// witness would be left, or the leader of an even number of voters would lose
-// its seat, Busy if one has not caught up; else as AddLearner.
+// witness would be left, or the leader would lose its seat and half of the voters
+// or more with it, Busy if one has not caught up; else as AddLearner.
 func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error {
 	op := fmt.Sprint("promote ", add, ", demote ", demote, ", remove ", drop)
 	return g.reconfigure(ctx, op, g.reseat(add, demote, drop))
@@ -197,10 +198,8 @@ func (g *Group) reseat(add, demote, drop []ids.Node) plan {
 		}
 		cc := change(pb.ConfChangeAddNode, todo...)
 		left := len(g.full(c.voters())) + len(g.full(todo)) // a vote without a state is nothing
-		for _, n := range slices.Concat(demote, drop) {
-			if err := g.mayGo(c, n); err != nil {
-				return nil, err
-			}
+		if err := g.mayGo(c, slices.Concat(demote, drop)...); err != nil {
+			return nil, err
 		}
 		for _, n := range demote {
 			if c.voter(n) {
@@ -227,7 +226,7 @@ func (g *Group) reseat(add, demote, drop []ids.Node) plan {
 }
 
 // Remove takes n out of the group, voter or learner. The leader may remove
-// itself from an odd number of voters: it then stops leading. Errors: Invalid for
+// itself from three or more: it then stops leading. Errors: Invalid for
 // the last voter that is no witness and where the leader may not; else as
 // AddLearner.
 func (g *Group) Remove(ctx context.Context, n ids.Node) error {
@@ -247,13 +246,20 @@ func (g *Group) remove(n ids.Node) plan {
 	}
 }
 
-// mayGo refuses to let a leader take its own seat away from an even number of
-// voters: the others cannot go on without its vote before they know that the
-// change is committed; they may miss that, and its log may be longer than theirs,
-// so that it votes for none of them.
-func (g *Group) mayGo(c conf, n ids.Node) error {
-	if n == g.h.cfg.Self && c.voter(n) && len(c.voters())%2 == 0 {
-		return errs.E(errs.Invalid, "", n.String(), "it leads group %d, of %d voters: let another lead first", g.id, len(c.voters()))
+// mayGo refuses to let a leader take its own seat away, among those of gone, if
+// the voters that stay are no majority of those that are: they could not go on
+// without the others' votes before they know that the change is committed; they
+// may miss that, and the others' logs may be longer, so that they vote for none
+// of them.
+func (g *Group) mayGo(c conf, gone ...ids.Node) error {
+	was, stay := c.voters(), 0
+	for _, n := range was {
+		if !slices.Contains(gone, n) {
+			stay++
+		}
+	}
+	if slices.Contains(gone, g.h.cfg.Self) && c.voter(g.h.cfg.Self) && 2*stay <= len(was) {
+		return errs.E(errs.Invalid, "", g.h.cfg.Self.String(), "it leads group %d, and %d of %d voters would stay: let another lead first", g.id, stay, len(was))
 	}
 	return nil
 }
