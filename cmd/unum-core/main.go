@@ -55,8 +55,9 @@ one process table.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(upCommand(), joinCommand(), witnessCommand(), downCommand(), tokenCommand(), statusCommand(), nodesCommand(),
+	root.AddCommand(upCommand(), joinCommand(), witnessCommand(), downCommand(), leaveCommand(), removeCommand(), tokenCommand(), statusCommand(), nodesCommand(),
 		configCommand(), doctorCommand(), versionCommand(), manCommand(), lab.Command(labHooks()))
+	root.AddCommand(recordCommand(), userCommand(), loginCommand(), logoutCommand(), whoamiCommand(), auditCommand())
 	root.AddCommand(psCommand(), killCommand(), waitCommand(), logsCommand(), whyCommand())
 	root.AddCommand(lightCommands()...)
 	return root

@@ -17,6 +17,7 @@ type nodeJSON struct {
 	ID       string  `json:"id"`
 	Hostname string  `json:"hostname"`
 	Addr     string  `json:"addr"`
+	Role     string  `json:"role"`
 	State    string  `json:"state"`
 	Alive    bool    `json:"alive"`
 	Mounted  bool    `json:"mounted"`
@@ -31,7 +32,7 @@ type nodeJSON struct {
 func toJSON(st *api.StatusResponse) []nodeJSON {
 	out := []nodeJSON{}
 	for _, m := range st.Members {
-		j := nodeJSON{ID: ids.Node(m.Id).String(), Hostname: m.Hostname, Addr: m.Addr, State: m.State,
+		j := nodeJSON{ID: ids.Node(m.Id).String(), Hostname: m.Hostname, Addr: m.Addr, Role: m.Role, State: m.State,
 			Alive: m.Alive, Load: m.LoadPerCpu, CPUs: m.Cpus, Leads: []int{}}
 		if s := m.Self; s != nil {
 			j.Mounted, j.Jobs, j.Free, j.Missing = s.Mounted, int(s.Jobs), s.FreeBytes, int(s.MissingBlocks)
@@ -48,14 +49,18 @@ func toJSON(st *api.StatusResponse) []nodeJSON {
 
 func table(st *api.StatusResponse) error {
 	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "NODE\tHOST\tADDRESS\tSTATE\tALIVE\tTREE\tLEADS\tJOBS\tLOAD/CPU\tFREE")
+	fmt.Fprintln(w, "NODE\tHOST\tADDRESS\tROLE\tSTATE\tALIVE\tTREE\tLEADS\tJOBS\tLOAD/CPU\tDISK FREE")
 	for _, j := range toJSON(st) {
 		leads := "-"
 		if len(j.Leads) > 0 {
 			leads = strings.Trim(fmt.Sprint(j.Leads), "[]")
 		}
 		yes := map[bool]string{true: "yes", false: "no"}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%.2f\t%.1f GiB\n", j.ID, j.Hostname, j.Addr, j.State, yes[j.Alive], yes[j.Mounted], leads, j.Jobs, j.Load, float64(j.Free)/(1<<30))
+		tree, jobs, load, free := "-", "-", "-", "-"
+		if j.Role == "store" && j.Alive {
+			tree, jobs, load, free = yes[j.Mounted], fmt.Sprint(j.Jobs), fmt.Sprintf("%.2f", j.Load), fmt.Sprintf("%.1f GiB", float64(j.Free)/(1<<30))
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", j.ID, j.Hostname, j.Addr, j.Role, j.State, yes[j.Alive], tree, leads, jobs, load, free)
 	}
 	return w.Flush()
 }

@@ -67,7 +67,13 @@ func statusCommand() *cobra.Command {
 					return err
 				}
 			} else {
-				fmt.Printf("cluster %s, seen from %v; the tree is at %s\n", st.Cluster, ids.Node(st.Node), st.Mount)
+				tree := ""
+				for _, m := range st.Members {
+					if m.Id == st.Node && m.Role == "store" {
+						tree = "; the tree is at " + st.Mount
+					}
+				}
+				fmt.Printf("cluster %s, seen from %v%s\n", st.Cluster, ids.Node(st.Node), tree)
 				if err := table(st); err != nil {
 					return err
 				}

@@ -171,8 +171,10 @@ func (d *decision) quorum(g Group) {
 	}
 	var missing []string
 	var start []string
+	var lost ids.Node // the last of them
 	for _, v := range g.Voters {
 		if m := d.member(v); !d.alive(v) {
+			lost = v
 			missing = append(missing, m.name()+" "+m.silence())
 			start = append(start, "unum up on "+m.name())
 		}
@@ -185,7 +187,7 @@ func (d *decision) quorum(g Group) {
 	case len(missing) == 0:
 		d.say(NoQuorum, g.subject(), "see that the nodes reach each other both ways, and their logs", "%s and have elected none for %v", have, g.Leaderless.Round(time.Second))
 	case len(g.Voters) == 2:
-		d.say(NoQuorum, g.subject(), start[0]+": of two voters both must be up. With a third node (unum token) either of them may die",
+		d.say(NoQuorum, g.subject(), fmt.Sprintf("%s: of two voters both must be up; if it is lost for good: unum down, then unum up --without %v, and this node goes on alone", start[0], lost),
 			"%s; %s", have, missing[0])
 	default:
 		d.say(NoQuorum, g.subject(), fmt.Sprintf("%s; %d of %d voters must be up", strings.Join(start, ", or "), len(g.Voters)/2+1, len(g.Voters)),

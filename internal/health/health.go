@@ -70,7 +70,7 @@ var table = []Kind{
 	{LogLong, Warning, "the log of a group is much longer than it should be", "wait; if it goes on growing, see why a replica does not follow"},
 	{DescriptorsLow, Warning, "the daemon has almost as many files open as it may", "raise the limit of open files (ulimit -n, or LimitNOFILE= in the unit) and start unum again"},
 	{MetricsOff, Warning, "the metrics cannot be read: their address cannot be listened on", "give another address, or end what listens there; it is tried again"},
-	{TwoNodes, Info, "two nodes and no third voter: both must be up for anything to be changed", "add a third node: unum token here, and what it prints on that machine"},
+	{TwoNodes, Info, "two nodes and no third voter: both must be up for anything to be changed", "unum token --witness here, and what it prints on any third machine; or add a third storing node (unum token)"},
 }
 
 // Kinds returns the table: each kind once, the order of the list.

@@ -331,9 +331,10 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 	reply := &joinReply{Node: r.Node, Peers: map[ids.Node]string{}}
 	for _, m := range ms {
 		switch {
-		case m.ID == r.Node && m.State != record.Joining:
-			// Who asks again has lost the answer, or all it had. A member has promised
-			// to keep its groups' logs: with an empty disk it must not be that member.
+		case m.ID == r.Node && m.State != record.Joining && m.Role != record.RoleClient:
+			// Who asks again has lost the answer, or all it had. A member with replicas
+			// has promised to keep their logs: with an empty disk it must not be that
+			// member. A client node keeps none, and is admitted before it has its answer.
 			return nil, errs.E(errs.Exists, "join", q.Hostname, "this machine's key is that of %v, which is a member", r.Node).
 				WithRemedy("remove %s from its data directory there, and join with a new token", dirIdentity)
 		case m.ID == r.Node:

@@ -95,6 +95,7 @@ type Node struct {
 	rung    bell                                       // the record has changed
 	knocks  refusals                                   // told to the audit of late
 	logins  logins                                     // of a client node's users
+	heard   atomic.Pointer[[]ids.Node]                 // who is alive, as a client node was told
 	turn    atomic.Uint64
 	mounted atomic.Bool
 	goes    atomic.Bool             // it leaves for good when it stops
@@ -554,9 +555,16 @@ func (n *Node) allowed(p ids.Node) bool {
 }
 
 // alive reports whether a node is believed to be. Client nodes take no part in
-// the gossip: they are alive while they are connected.
+// the gossip: they are alive while they are connected, and believe of the others
+// what a node that stores told them last.
 func (n *Node) alive(p ids.Node) bool {
-	if n.members == nil || (*n.known.Load())[p].Role == record.RoleClient {
+	switch {
+	case p == n.id:
+		return true
+	case n.members == nil:
+		heard := n.heard.Load()
+		return heard != nil && slices.Contains(*heard, p) || n.ep.Connected(p)
+	case (*n.known.Load())[p].Role == record.RoleClient:
 		return n.ep.Connected(p)
 	}
 	return n.members.IsAlive(p)

@@ -22,6 +22,7 @@ const (
 
 type memberList struct {
 	Members []record.Member `cbor:"1,keyasint"`
+	Alive   []ids.Node      `cbor:"2,keyasint"` // as the node that answers believes
 }
 
 // servePeers registers what every node answers.
@@ -50,7 +51,13 @@ func (n *Node) servePeers() {
 	})
 	n.ep.Handle(methodMembers, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
 		ms, err := n.record.view().Members()
-		return memberList{ms}, nil, err
+		var alive []ids.Node
+		for _, m := range ms {
+			if m.State.Belongs() && n.alive(m.ID) {
+				alive = append(alive, m.ID)
+			}
+		}
+		return memberList{ms, alive}, nil, err
 	})
 }
 
@@ -68,6 +75,8 @@ func (n *Node) follow(ctx context.Context) error {
 		if err := n.askMembers(ctx); err != nil {
 			n.cfg.Log.Debug("members not known anew", "err", err)
 			wait = followAgain
+		} else if (*n.known.Load())[n.id].State != record.Active { // soon it is
+			wait = followAgain
 		}
 		pause(ctx, wait)
 	}
@@ -83,6 +92,7 @@ func (n *Node) askMembers(ctx context.Context) error {
 		if _, err = n.ep.Call(ctx, p, methodMembers, nil, nil, &r); err != nil {
 			continue
 		}
+		n.heard.Store(&r.Alive)
 		n.setMembers(r.Members)
 		return n.notePeers(r.Members)
 	}

@@ -1,0 +1,101 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
+	"github.com/unum-os/unum/internal/control/cli"
+	"github.com/unum-os/unum/internal/daemon"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
+)
+
+func leaveCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "leave",
+		Short: "Take this machine out of its cluster in good order",
+		Long: `Take this machine out of its cluster in good order. It gets no more commands; when
+those that run here have ended, others have its votes, and every block that it
+has is on the others, the daemon ends and the machine is no node any more. Says
+what is waited for. Ctrl-C before the end: it stays.
+
+The last storing node cannot leave: stop it (unum down) and remove its directory.`,
+		Example: "  sudo unum leave",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			return cli.Ask(ctx, control.Path(), func(c *api.Client) error {
+				s, err := c.Node.Leave(ctx, &api.LeaveRequest{})
+				for err == nil {
+					var m *api.LeaveResponse
+					if m, err = s.Recv(); err == nil {
+						fmt.Fprintf(os.Stderr, "unum: %s\n", m.Text)
+					}
+				}
+				if !errors.Is(err, io.EOF) {
+					return err
+				}
+				return awaitLeft(ctx)
+			})
+		},
+	}
+}
+
+// leftLimit bounds what comes after the others have everything: shipping, and
+// the end of all parts.
+const leftLimit = time.Minute
+
+// awaitLeft waits until the daemon has ended.
+func awaitLeft(ctx context.Context) error {
+	end := time.Now().Add(leftLimit)
+	for {
+		pid, runs, err := daemon.Running(pidPath())
+		if err != nil {
+			return err
+		}
+		if !runs {
+			fmt.Println("unum: this machine has left its cluster")
+			return nil
+		}
+		if time.Now().After(end) || ctx.Err() != nil {
+			return errs.E(errs.Timeout, "leave", "", "the daemon, process %d, has not ended yet", pid).WithRemedy("see its log; unum status on another node says whether this one has left")
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func removeCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "remove NODE",
+		Short: "Put a node out that will not come back",
+		Long: `Put a node out of the cluster that will not come back: its votes go to others, it
+is refused from now on, and what it alone had is lost. Its machine can join again
+with an empty directory, as a new node. For a node that is alive use unum leave,
+there.`,
+		Example: "  unum remove n3\n  unum remove --force n3   # though it is alive",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := ids.ParseNode(args[0])
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), 30*time.Second)
+			defer cancel()
+			return cli.Ask(ctx, control.Path(), func(c *api.Client) error {
+				_, err := c.Node.Remove(ctx, &api.RemoveRequest{Node: uint64(n), Force: force})
+				return err
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "also a node that is alive")
+	return cmd
+}
