@@ -146,7 +146,7 @@ func TestDeadVoterIsReplaced(t *testing.T) {
 	n1, _ := founded(t)
 	n1.grace = time.Second
 	join(t, ctx, n1, record.RoleStore)
-	n3, cfg3, stop3 := join(t, ctx, n1, record.RoleStore)
+	_, cfg3, stop3 := join(t, ctx, n1, record.RoleStore)
 	voters(t, n1, 1, 2, 3)
 	_, cfg4, _ := join(t, ctx, n1, record.RoleStore)
 	settled(t, n1, 4)
@@ -159,7 +159,7 @@ func TestDeadVoterIsReplaced(t *testing.T) {
 	if !holdsAuthority(cfg4) {
 		t.Error("n4 votes without the authority's key")
 	}
-	n3, _ = start(t, cfg3)
+	n3, _ := start(t, cfg3)
 	settled(t, n3, 4)
 	await(t, "n3 is a learner", func() bool { return slices.Contains(n3.rec.Status().Learners, 3) })
 	voters(t, n3, 1, 2, 4)

@@ -134,8 +134,6 @@ func (s *store) set(key, value []byte) {
 	}
 }
 
-func (s *store) save(key []byte, v any) { s.set(key, wire.MustMarshal(v)) }
-
 func (s *store) delete(key []byte) {
 	if err := s.w.Delete(key, nil); err != nil {
 		fail(errs.IO, key, err)
