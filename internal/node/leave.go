@@ -145,7 +145,7 @@ func (n *Node) farewell(ctx context.Context) error {
 // nodes: leaving has waited for that.
 func (c *Config) forget() error {
 	var failed error
-	for _, p := range []string{fileNode, dirBlocks, dirIdentity, dirGroups, fileBallast, fileLock} { // node.json first: without it there is no node
+	for _, p := range []string{fileNode, dirBlocks, dirIdentity, dirGroups, dirLogins, fileBallast, fileLock} { // node.json first: without it there is no node
 		failed = errors.Join(failed, c.FS.RemoveAll(c.path(p)))
 		if p == fileNode || p == fileLock {
 			failed = errors.Join(failed, disk.SyncDir(c.FS, c.Dir))
