@@ -40,8 +40,10 @@ type Member struct {
 	Alive    bool
 	Silent   time.Duration // for how long it has been dead
 	Never    bool          // it has not been heard of since this node started
-	Free     uint64        // bytes on its disk, as it says
-	Disk     uint64        // size of it; 0: unknown
+	// Displaced is the member that answers at its address in its place; 0: none.
+	Displaced ids.Node
+	Free      uint64 // bytes on its disk, as it says
+	Disk      uint64 // size of it; 0: unknown
 }
 
 // name is how people know the member.
@@ -276,6 +278,11 @@ func (d *decision) members() {
 	for _, m := range d.in.Members {
 		if !m.Stores && !m.Witness {
 			continue // clients come and go
+		}
+		if !d.alive(m.ID) && m.Displaced != 0 {
+			d.say(MemberDead, m.ID.String(), fmt.Sprintf("unum remove %v, if its disk will not come back; else an address of its own there (unum up --addr)", m.ID),
+				"%s is gone: %v answers at its address", m.name(), m.Displaced)
+			continue
 		}
 		if !d.alive(m.ID) {
 			d.say(MemberDead, m.ID.String(), fmt.Sprintf("unum up on %s, or see why the network does not reach it", m.name()), "%s is %s", m.name(), m.silence())

@@ -78,6 +78,8 @@ func TestDecide(t *testing.T) {
 		{"one of three is dead", func(in *Input) { in.die(3, 14*time.Second); in.bury() },
 			[]string{"member-dead n3;n3 (c) is silent for 14s;unum up on n3 (c)", "no-replacement group 1;n3 (c) votes in group 1;add a storing node", "no-replacement group 2;"}},
 		{"one of three is dead and another could vote", func(in *Input) { in.die(3, time.Minute); in.grow() }, []string{"member-dead n3;"}},
+		{"another is in its place", func(in *Input) { in.die(3, time.Second); in.Members[2].Displaced = 4; in.grow() },
+			[]string{"member-dead n3;n3 (c) is gone: n4 answers at its address;unum remove n3"}},
 		{"never seen", func(in *Input) { in.die(3, 20*time.Second); in.Members[2].Never = true; in.grow() }, []string{"member-dead n3;not heard of in the 20s since this node started;"}},
 		{"no quorum of three", func(in *Input) {
 			in.die(2, 7*time.Second)

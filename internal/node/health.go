@@ -33,6 +33,7 @@ func (n *Node) conditions() []health.Condition {
 	for _, m := range n.current() {
 		x := health.Member{ID: m.ID, Host: m.Hostname, Admitted: m.State != record.Joining, Leaving: m.State == record.Leaving,
 			Stores: m.Role == record.RoleStore, Witness: m.Role == record.RoleWitness, Alive: n.members == nil || n.alive(m.ID)} // a client has no opinion
+		x.Displaced = n.displacer(m.ID)
 		if x.Silent = dead[m.ID]; x.Silent == 0 {
 			x.Silent, x.Never = time.Since(n.began), true
 		}

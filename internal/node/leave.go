@@ -10,6 +10,7 @@ import (
 
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/record"
 )
@@ -25,7 +26,18 @@ var errLeft = errors.New("this node leaves the cluster")
 // not. Errors: Invalid for the last storing node.
 func (n *Node) Leave(ctx context.Context, progress func(string)) error {
 	if err := n.setState(ctx, record.Leaving); err != nil {
-		return err
+		if !errs.Has(err, errs.Unauthorized) {
+			return err
+		}
+		// Nobody hears it. It may have left already, and been cut off before it had
+		// forgotten: then the rest is done now.
+		if was := n.askAtTheDoor(ctx); !errs.Has(was, errs.Stale) {
+			return errors.Join(was, err)
+		}
+		progress("it has left already: this node stops")
+		n.gone.Store(true)
+		n.end(errLeft)
+		return nil
 	}
 	last := ""
 	for {
@@ -75,6 +87,16 @@ func (n *Node) Remove(ctx context.Context, p ids.Node, force bool) error {
 		return err
 	}
 	_, err = n.record.do(ctx, record.Command{Who: who, UpdateMember: &record.UpdateMember{Node: p, State: record.Removed}})
+	return err
+}
+
+// askAtTheDoor asks, as a machine without a certificate, whether this node is a
+// member; class Stale: it has left.
+func (n *Node) askAtTheDoor(ctx context.Context) error {
+	csr, err := identity.Load(n.cfg.FS, n.cfg.path(fileCSR))
+	if err == nil {
+		_, err = n.renewAtTheDoor(ctx, csr)
+	}
 	return err
 }
 

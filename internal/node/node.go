@@ -556,11 +556,15 @@ func (n *Node) allowed(p ids.Node) bool {
 
 // alive reports whether a node is believed to be. Client nodes take no part in
 // the gossip: they are alive while they are connected, and believe of the others
-// what a node that stores told them last.
+// what a node that stores told them last. Nobody is alive at whose address another
+// answers: gossip needs two seconds to find out, and a machine that came back as
+// another node is heard of sooner.
 func (n *Node) alive(p ids.Node) bool {
 	switch {
 	case p == n.id:
 		return true
+	case n.displacer(p) != 0:
+		return false
 	case n.members == nil:
 		heard := n.heard.Load()
 		return heard != nil && slices.Contains(*heard, p) || n.ep.Connected(p)
@@ -568,6 +572,29 @@ func (n *Node) alive(p ids.Node) bool {
 		return n.ep.Connected(p)
 	}
 	return n.members.IsAlive(p)
+}
+
+// displacer returns the member that answers at p's address in p's place, 0 if none
+// is known to.
+func (n *Node) displacer(p ids.Node) ids.Node {
+	known := *n.known.Load()
+	m, ok := known[p]
+	if !ok || m.Addr == "" || p == n.id {
+		return 0
+	}
+	at, when := n.ep.Reached(p)
+	for q, x := range known {
+		switch {
+		case q == p || x.Addr != m.Addr || !x.State.Belongs():
+		case q == n.id && at != m.Addr:
+			return q
+		case q != n.id:
+			if qat, qwhen := n.ep.Reached(q); qat == m.Addr && (at != m.Addr || qwhen.After(when)) {
+				return q
+			}
+		}
+	}
+	return 0
 }
 
 // current lists the members that belong to the cluster, in order.

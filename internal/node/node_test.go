@@ -27,7 +27,7 @@ import (
 )
 
 // config is for a node in a directory of its own, at a free port.
-func config(t *testing.T) Config {
+func config(t testing.TB) Config {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -45,7 +45,7 @@ func config(t *testing.T) Config {
 
 // start runs of a node what needs no root: all but the tree and the jobs. The
 // function it returns stops it, and is called at the end of the test at last.
-func start(t *testing.T, cfg Config, change ...func(*Node)) (*Node, func()) {
+func start(t testing.TB, cfg Config, change ...func(*Node)) (*Node, func()) {
 	t.Helper()
 	n, err := Open(cfg)
 	if err != nil {
@@ -74,7 +74,7 @@ func asRoot(ctx context.Context, n *Node) context.Context {
 	return principal.NewContext(ctx, principal.Principal{Node: n.id})
 }
 
-func await(t *testing.T, what string, ok func() bool) {
+func await(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {

@@ -101,7 +101,10 @@ func (n *Node) renewAtTheDoor(ctx context.Context, csr []byte) ([]byte, error) {
 			continue
 		}
 		var b []byte
-		if b, _, err = rpc.JoinAt(ctx, n.cfg.Clock, addr, n.holder.Trust().Fingerprint(), q); err != nil {
+		if b, _, err = rpc.JoinAt(ctx, n.cfg.Clock, addr, n.holder.Trust().Fingerprint(), q); errs.Has(err, errs.Stale) {
+			return nil, err
+		}
+		if err != nil {
 			continue
 		}
 		var r joinReply
@@ -133,8 +136,14 @@ func (n *Node) renewal(p ids.Node, csr []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !m.State.Belongs() || m.Key != sha256.Sum256(pub) {
+	switch {
+	case m.Key != sha256.Sum256(pub):
 		return nil, errs.E(errs.Unauthorized, "renew certificate", p.String(), "it is no member with this key")
+	case m.State == record.Left:
+		return nil, errs.E(errs.Stale, "renew certificate", p.String(), "it has left the cluster").WithRemedy("unum leave, there, to make an end of it")
+	case !m.State.Belongs():
+		return nil, errs.E(errs.Unauthorized, "renew certificate", p.String(), "it has been removed from the cluster").
+			WithRemedy("move its data directory away, and join with a new token")
 	}
 	ca, err := n.authority()
 	if err != nil {

@@ -123,6 +123,9 @@ func (n *Node) status(ctx context.Context) *api.StatusResponse {
 		})
 	}
 	wg.Wait()
+	for _, p := range st.Members { // asking may have shown that another answers in its place
+		p.Alive = p.Alive && n.alive(ids.Node(p.Id))
+	}
 	for _, c := range n.conditions() {
 		st.Conditions = append(st.Conditions, &api.Condition{Code: string(c.Code), Severity: string(c.Severity), Subject: api.Text(c.Subject), Text: api.Text(c.Text), Remedy: api.Text(c.Remedy)})
 	}

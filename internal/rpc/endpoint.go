@@ -192,6 +192,27 @@ func (e *Endpoint) Connected(n ids.Node) bool {
 	return n == e.cfg.Self || e.live[n] > 0
 }
 
+// Reached returns the address at which n has shown its certificate to this node,
+// and when it did so last, of the connections that live; "" if none does. Who was
+// reached later at an address than another is the one that is there.
+func (e *Endpoint) Reached(n ids.Node) (addr string, when time.Time) {
+	e.mu.Lock()
+	p := e.peers[n]
+	e.mu.Unlock()
+	if p == nil {
+		return "", when
+	}
+	for _, ln := range p.lanes {
+		ln.mu.Lock()
+		l := ln.link
+		ln.mu.Unlock()
+		if l != nil && l.alive() && l.made.After(when) {
+			addr, when = l.addr, l.made
+		}
+	}
+	return addr, when
+}
+
 // Call sends a request to a node and waits for the answer, which is decoded
 // into resp unless that is nil. req is encoded by package wire (nil sends
 // nothing), data goes as it is, at most MaxData bytes; it must not be changed

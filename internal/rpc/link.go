@@ -40,6 +40,7 @@ type link struct {
 	role    identity.Role // of the peer, on the side that answers
 	lane    laneKind
 	dialled bool
+	addr    string // that was dialled
 	raw     *rawConn
 	conn    net.Conn // TLS over raw
 	out     *queue
@@ -47,6 +48,7 @@ type link struct {
 	cancel  context.CancelCauseFunc
 	ping    func() // asks the peer for a sign of life; never blocks
 
+	made    time.Time
 	waiting atomic.Int64 // answers or streams waited for
 	serving atomic.Int64 // streams served, or calls whose answers have no room yet
 
@@ -63,7 +65,7 @@ type reply struct {
 }
 
 func (e *Endpoint) newLink(peer ids.Node, lane laneKind, dialled bool, raw *rawConn, conn net.Conn) *link {
-	l := &link{e: e, peer: peer, lane: lane, dialled: dialled, raw: raw, conn: conn, out: newQueue(sendLimit),
+	l := &link{e: e, peer: peer, lane: lane, dialled: dialled, raw: raw, conn: conn, out: newQueue(sendLimit), made: time.Now(),
 		calls: make(map[uint64]chan reply), hands: make(map[uint64]context.CancelFunc)}
 	l.ctx, l.cancel = context.WithCancelCause(e.ctx)
 	l.ping = func() { l.out.put(frame{typ: framePing}, true) }

@@ -252,6 +252,7 @@ func (e *Endpoint) connect(to ids.Node, kind laneKind) (*link, *yamux.Session, e
 	}
 	c.SetDeadline(time.Time{})
 	l := e.newLink(to, kind, true, raw, conn)
+	l.addr = addr
 	if kind != laneMux {
 		return l, nil, nil
 	}
