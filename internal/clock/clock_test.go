@@ -126,3 +126,18 @@ func TestManual(t *testing.T) {
 		t.Error(m.Wall(), m.Now())
 	}
 }
+
+func FuzzParseShift(f *testing.F) {
+	for _, s := range []string{"", "wall=+1h boot=+0s", "boot=-1s", "wall=9999999h", "wall==1s", "wall=1s wall=2s"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		wall, boot, err := ParseShift(s)
+		if err == nil && (wall > maxShift || wall < -maxShift || boot < 0 || boot > maxShift) {
+			t.Fatal(wall, boot)
+		}
+		if err != nil && (wall != 0 || boot != 0) {
+			t.Fatalf("%v and %v, %v", err, wall, boot)
+		}
+	})
+}

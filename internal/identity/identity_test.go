@@ -304,3 +304,33 @@ func TestSaveIsAllOrNothing(t *testing.T) {
 		}
 	}
 }
+
+// FuzzParseCA reads an authority and a node's certificate from any files.
+func FuzzParseCA(f *testing.F) {
+	ca, err := NewCA("test")
+	if err != nil {
+		f.Fatal(err)
+	}
+	key, csr, err := NewRequest()
+	if err != nil {
+		f.Fatal(err)
+	}
+	cert, err := ca.Sign(csr, 1, RoleStore, time.Now())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(ca.CertPEM(), ca.KeyPEM())
+	f.Add(cert, key)
+	f.Add(cert, ca.KeyPEM())
+	f.Add([]byte("-----BEGIN"), []byte{})
+	f.Fuzz(func(t *testing.T, certPEM, keyPEM []byte) {
+		if got, err := ParseCA(certPEM, keyPEM); err == nil && got.Trust().Fingerprint() != ca.Trust().Fingerprint() {
+			if _, err := got.Sign(csr, 2, RoleStore, time.Now()); err != nil {
+				t.Fatalf("an authority that cannot sign: %v", err)
+			}
+		}
+		if h, err := NewHolder(ca.Trust(), certPEM, keyPEM); err == nil && h.Node() != 1 {
+			t.Fatalf("node %v by a certificate that nobody signed", h.Node())
+		}
+	})
+}

@@ -12,6 +12,7 @@ import (
 	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/proc/shim"
 	"github.com/unum-os/unum/internal/wire"
 )
 
@@ -151,7 +152,7 @@ func FuzzMessages(f *testing.F) {
 	f.Add(wire.MustMarshal(toHome{End: &ending{Code: 1}}))
 	f.Add(wire.MustMarshal(meta{Record: JobRecord{Job: ids.Job(1)}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		for _, m := range []any{new(toNode), new(toHome), new(ioHello), new(meta), new(logsReq)} {
+		for _, m := range []any{new(toNode), new(toHome), new(ioHello), new(meta), new(logsReq), new(shim.Spec), new(shim.ToShim), new(shim.Exited)} {
 			if wire.Unmarshal(b, m) == nil {
 				if _, err := wire.Marshal(m); err != nil {
 					t.Fatal(err)

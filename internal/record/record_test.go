@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -583,6 +584,63 @@ func FuzzCommand(f *testing.F) {
 			}
 		} else if res.Refusal.Err == 0 {
 			t.Fatalf("%v, and was done", err)
+		}
+	})
+}
+
+// FuzzState puts any value, or any key, into the state: whoever reads it gets an
+// error of class Corrupt or what is there.
+func FuzzState(f *testing.F) {
+	r := story(f)
+	f.Cleanup(r.close)
+	it, err := r.db.NewIter(nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	prefix := space.Key()
+	for ok := it.First(); ok; ok = it.Next() {
+		if k, ok := bytes.CutPrefix(it.Key(), prefix); ok {
+			f.Add(bytes.Clone(k), bytes.Clone(it.Value()))
+			f.Add(bytes.Clone(k[:len(k)-1]), bytes.Clone(it.Value()))
+			f.Add(bytes.Clone(k), []byte{0xff})
+		}
+	}
+	if err := it.Close(); err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, key, value []byte) {
+		b := r.db.NewIndexedBatch()
+		defer b.Close()
+		if err := b.Set(append(slices.Clone(prefix), key...), value, nil); err != nil {
+			t.Fatal(err)
+		}
+		v := NewView(b, space)
+		reads := map[string]func() error{
+			"info":     func() error { _, err := v.Info(); return err },
+			"revision": func() error { _, err := v.Revision(); return err },
+			"members":  func() error { _, err := v.Members(); return err },
+			"member":   func() error { _, err := v.Member(1); return err },
+			"jobs":     func() error { _, err := v.Jobs(); return err },
+			"job":      func() error { _, err := v.Job(1); return err },
+			"tokens":   func() error { _, err := v.Tokens(); return err },
+			"users":    func() error { _, err := v.Users(); return err },
+			"user":     func() error { _, err := v.User("ana"); return err },
+			"logins":   func() error { _, err := v.Logins(); return err },
+			"key":      func() error { _, err := v.Get("settings/colour"); return err },
+			"keys":     func() error { _, _, err := v.List("user/1000/", "", 100); return err },
+			"changes":  func() error { _, err := v.Changes(0, 100); return err },
+			"oldest":   func() error { _, err := v.Oldest(); return err },
+			"audit":    func() error { _, err := v.Audit(0, 100); return err },
+			"rights":   func() error { _, err := v.Rights(principal.Principal{Node: 1, UID: 1000}); return err },
+		}
+		for name, read := range reads {
+			switch err := read(); errs.ClassOf(err) {
+			case errs.Corrupt, errs.NotFound, errs.Unauthorized, errs.Stale:
+			default:
+				if err != nil {
+					t.Fatalf("%s: class %v: %v", name, errs.ClassOf(err), err)
+				}
+			}
 		}
 	})
 }

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -10,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/yamux"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
@@ -289,4 +292,54 @@ func TestRolesAreHeld(t *testing.T) {
 	if _, err := n.start(3, nil, nil).Call(ctx, 1, "closed", nil, nil, nil); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// FuzzStream opens a stream by any bytes, and feeds a served one with any.
+func FuzzStream(f *testing.F) {
+	n := newLAN(f)
+	e, err := New(n.config(1, holder(f, n.ca, 1, time.Now())))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { e.lis.Close() })
+	e.HandleStream("echo", func(_ context.Context, _ ids.Node, c net.Conn) { io.Copy(io.Discard, c) })
+	var open bytes.Buffer
+	if err := wire.WriteFrame(&open, frameOpen, wire.MustMarshal(openHeader{Service: "echo"}), nil); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(open.Bytes())
+	f.Add(append(bytes.Clone(open.Bytes()), 0, 0, 0, 1, 'x', 0, 0, 0, 0))
+	f.Add(append(bytes.Clone(open.Bytes()), 0xff, 0xff, 0xff, 0xff))
+	f.Add([]byte{0, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		near, far := net.Pipe()
+		client, err := yamux.Client(far, e.yamuxConfig())
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, err := yamux.Server(near, e.yamuxConfig())
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw := newRawConn(near, 4096, &counts{})
+		l := e.newLink(2, laneMux, false, raw, raw)
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			ys, err := server.AcceptStream()
+			if err == nil {
+				e.serveStream(l, ys)
+			}
+		}()
+		ys, err := client.OpenStream()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ys.Write(b)
+		ys.Close()
+		<-ended
+		l.close(errs.Unavailable.Err())
+		client.Close()
+		server.Close()
+	})
 }

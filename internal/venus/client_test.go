@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -115,7 +116,7 @@ func (s *slowReplica) Propose(ctx context.Context, cmd []byte) (any, uint64, err
 // world is a volume with its leader, real but for the network and the disk of
 // blocks.
 type world struct {
-	t    *testing.T
+	t    testing.TB
 	ctx  context.Context
 	hub  *hub
 	rep  *slowReplica
@@ -124,7 +125,7 @@ type world struct {
 	b    *blocks
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	ctx, cancel := context.WithCancel(context.Background())
 	h, err := group.New(group.Config{Self: 1, Dir: t.TempDir(), Transport: noT{}, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
@@ -449,4 +450,34 @@ func TestShipEndsWithItsSession(t *testing.T) {
 	if string(buf) != "BBBB" {
 		t.Errorf("BBBB, made durable, is now %s", buf)
 	}
+}
+
+// FuzzCalls gives the volume's server, which leads, and a client with a session
+// any request: it is answered or refused, and both go on.
+func FuzzCalls(f *testing.F) {
+	w := newWorld(f)
+	c := w.client(2)
+	call := vice.Caller{Group: ids.RootGroup}
+	for _, q := range []any{call, vice.RecallRequest{}, vice.TakeoverRequest{}, map[int]any{1: call, 2: 1 << 62, 3: []byte("x"), 4: []any{1, -1}}} {
+		f.Add(wire.MustMarshal(q))
+	}
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, req []byte) {
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		for _, node := range []ids.Node{1, 2} {
+			w.hub.mu.Lock()
+			hs := maps.Clone(w.hub.h[node])
+			w.hub.mu.Unlock()
+			for _, h := range hs {
+				h(ctx, 2, req, nil)
+				h(ctx, 9, req, nil) // a node without a session
+			}
+		}
+		for end := time.Now().Add(30 * time.Second); !c.Ready(); time.Sleep(time.Millisecond) { // a takeover that it believed may end its session, for a while
+			if time.Now().After(end) {
+				t.Fatal("the client has no session any more")
+			}
+		}
+	})
 }

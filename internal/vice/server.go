@@ -24,9 +24,6 @@ const (
 	recallPatience = 5 * time.Second
 	// expiryMargin is added to Term before a new leader ends a silent session.
 	expiryMargin = 250 * time.Millisecond
-	// expireTick is how often there is looked for clients that have not renewed: a
-	// small part of what was waited for them already.
-	expireTick = 500 * time.Millisecond
 	// maxWait bounds how long a request may wait for leases: longer than it takes
 	// to end a silent session.
 	maxWait = 12 * time.Second
@@ -260,7 +257,7 @@ func (l *leadership) run() {
 	}
 	close(l.ready)
 	log.Info("serving", "after", clock.Now().Sub(elected).Round(time.Millisecond))
-	tick := time.NewTicker(expireTick)
+	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		select {
