@@ -93,6 +93,11 @@ func noise(t *testing.T, c *cluster) {
 		for _, p := range unixes {
 			u = append(u, "unix:"+p)
 		}
+		for _, p := range tcp { // the metrics are for the node's own programs
+			if p != 7400 {
+				u = append(u, fmt.Sprintf("tcp:127.0.0.1:%d", p))
+			}
+		}
 		return u
 	}()}} {
 		for _, target := range v.targets {
