@@ -247,6 +247,12 @@ func TestTwoClusters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	for _, n := range []*Node{a, b} {
+		await(t, "founding is over", func() bool {
+			d, err := n.cfg.loadFile()
+			return err == nil && !d.Founding
+		})
+	}
 	before := [2]uint64{a.rec.Status().Applied, b.rec.Status().Applied}
 	files := func(dir string) map[string]string {
 		out := map[string]string{}
@@ -305,18 +311,18 @@ func TestLeaveIsSaidAgain(t *testing.T) {
 	defer cancel()
 	n1, _ := founded(t)
 	n2, cfg2, _ := join(t, ctx, n1, record.RoleStore)
-	n3, cfg3, _ := join(t, ctx, n1, record.RoleStore)
+	n3, _, _ := join(t, ctx, n1, record.RoleStore)
 	voters(t, n1, 1, 2, 3)
-	for _, n := range []*Node{n1, n2, n3} {
-		settled(t, n, 3)
+	n4, cfg4, _ := join(t, ctx, n1, record.RoleStore) // has no vote
+	for _, n := range []*Node{n1, n2, n3, n4} {
+		settled(t, n, 4)
 	}
-	for p, state := range map[ids.Node]record.State{2: record.Left, 3: record.Removed} {
-		u := &record.UpdateMember{Node: p, State: state}
-		if _, err := n1.record.do(ctx, record.Command{Who: principal.Principal{Node: n1.id}, UpdateMember: u}); err != nil {
+	for _, u := range []record.UpdateMember{{Node: 4, State: record.Removed}, {Node: 2, State: record.Left}} {
+		if _, err := n1.record.do(ctx, record.Command{Who: principal.Principal{Node: n1.id}, UpdateMember: &u}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	voters(t, n1, 1)
+	voters(t, n1, 1, 3)
 	var said []string
 	await(t, "n2 has left, for itself too", func() bool {
 		lctx, cancel := context.WithTimeout(ctx, 2*time.Second)
@@ -332,13 +338,13 @@ func TestLeaveIsSaidAgain(t *testing.T) {
 		return err == nil && !slices.ContainsFunc(m, func(f string) bool { return filepath.Base(f) != "sock" })
 	})
 	var err error
-	await(t, "n3 is told that it was put out", func() bool {
+	await(t, "n4 is told that it was put out", func() bool {
 		lctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 		defer cancel()
-		err = n3.Leave(lctx, func(string) {})
+		err = n4.Leave(lctx, func(string) {})
 		return errs.Has(err, errs.Unauthorized) && strings.Contains(err.Error(), "it has been removed from the cluster")
 	})
-	if _, err := os.Stat(cfg3.path(fileNode)); err != nil {
+	if _, err := os.Stat(cfg4.path(fileNode)); err != nil {
 		t.Error(err)
 	}
 }
