@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -125,13 +126,18 @@ func (n *Node) serveRead(ctx context.Context, from ids.Node, req, proof []byte) 
 
 // readHere answers from this node's replica. Who asks is proven; what may be
 // read is the record's to say.
-func (n *Node) readHere(ctx context.Context, q *readRequest) (*readReply, error) {
+func (n *Node) readHere(ctx context.Context, q *readRequest) (_ *readReply, err error) {
 	if !q.Stale && q.Changes == nil {
 		if _, err := n.rec.ReadIndex(ctx); err != nil {
 			return nil, err
 		}
 	}
-	v := n.record.view()
+	now, err := n.rec.View() // what is answered was true at one moment
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, now.Close()) }()
+	v := record.NewView(now, now.Space)
 	rights, err := v.Rights(q.Who)
 	if err != nil {
 		return nil, err
