@@ -338,7 +338,7 @@ func badStreams(t *testing.T, c *cluster) {
 // badToken: tokens that are no tokens, and those that no longer or never were
 // this cluster's.
 func badToken(t *testing.T, c *cluster) {
-	s := c.second("n2", "joiner", 7401)
+	s := c.second("n2", "joiner", 7411)
 	good := strings.TrimSpace(c.must("n1", "UNUM token --quiet"))
 	first := strings.TrimSpace(c.must("n1", "hostname -I"))
 	join := func(token string) string { return "join " + first + ":7400 '" + token + "'" }

@@ -107,7 +107,7 @@ func (g *Group) reconfigure(ctx context.Context, op string, want plan) error {
 		o := g.submit(ctx, p)
 		var pending pendingError
 		if errors.As(o.err, &pending) {
-			t := time.NewTimer(2 * g.h.cfg.Tick)
+			t := time.NewTimer(g.h.cfg.Tick / 2)
 			select {
 			case <-t.C:
 				continue

@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	testTick = 10 * time.Millisecond
-	patience = 60 * time.Second // for anything that must happen on a busy machine
+	testTick  = 40 * time.Millisecond
+	testPause = testTick / 4     // of a client between attempts
+	patience  = 60 * time.Second // for anything that must happen on a busy machine
 )
 
 // ledger is a machine that remembers each command under its text, a digest over
@@ -401,7 +402,7 @@ func propose(ctx context.Context, nodes []*node, cmd string) (uint64, bool, erro
 			return 0, false, err
 		}
 		st := g.Status()
-		wctx, cancel := context.WithTimeout(ctx, testTick)
+		wctx, cancel := context.WithTimeout(ctx, testPause)
 		_ = g.wait(wctx, "wait", func(s Status) bool { return s.Leader != st.Leader })
 		cancel()
 		if ctx.Err() != nil {

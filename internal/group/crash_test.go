@@ -273,7 +273,7 @@ func TestCrashUnderLoad(t *testing.T) {
 						t.Errorf("number %d for %.20q and %.20q", v, cmd, old)
 					}
 				case errs.Has(err, errs.NotLeader), errs.Has(err, errs.Unavailable):
-					wctx, cancel := context.WithTimeout(ctx, testTick)
+					wctx, cancel := context.WithTimeout(ctx, testPause)
 					_ = g.wait(wctx, "wait", func(st Status) bool { return st.Role == Leader })
 					cancel()
 				}

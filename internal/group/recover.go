@@ -211,7 +211,7 @@ func (h *Host) loadLog(g ids.Group) (*groupLog, error) {
 			return nil, errs.E(errs.Corrupt, "read", place, "entry %d has term %d after term %d", e.GetIndex(), e.GetTerm(), term)
 		}
 		term = e.GetTerm()
-		l.note(e.GetIndex(), term, int64(proto.Size(e)))
+		l.note(e.GetIndex(), term, int64(entrySize(e)))
 	}
 	if err := it.Error(); err != nil {
 		return nil, dbErr(err, "read", place)

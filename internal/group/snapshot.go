@@ -46,7 +46,7 @@ const (
 	snapshotStall = 10 * time.Second // without a byte moving, or for the dialling
 	installWait   = 60 * time.Second // for the answer after the end
 	refusalWait   = time.Second      // to get a refusal to a sender that may not be listening yet
-	snapshotRetry = 10               // ticks from a failure to the next attempt
+	snapshotRetry = 3                // ticks from a failure to the next attempt
 )
 
 type snapBegin struct {

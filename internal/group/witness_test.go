@@ -92,7 +92,7 @@ func caught(t testing.TB, nd *node, index uint64) {
 		if ctx.Err() != nil {
 			t.Fatalf("%v stays at %+v, want %d", nd.id, nd.h.Group(tg).Status(), index)
 		}
-		time.Sleep(testTick)
+		time.Sleep(testPause)
 	}
 }
 
@@ -234,7 +234,7 @@ func TestAnyOneOfThreeDies(t *testing.T) {
 					last = time.Now()
 					mu.Unlock()
 				case errs.Has(err, errs.NotLeader), errs.Has(err, errs.Unavailable), errs.Has(err, errs.Busy):
-					time.Sleep(testTick) // a client's patience: spinning would starve the hosts
+					time.Sleep(testPause) // a client's patience: spinning would starve the hosts
 				}
 			}
 		}()
@@ -280,7 +280,7 @@ func TestAnyOneOfThreeDies(t *testing.T) {
 	})
 	for i, g := range gaps {
 		slices.Sort(g)
-		t.Logf("death of n%d: next commit after %.0f ticks at the median, %.0f at most (of 50 ms: %.2f s)", i+1, g[len(g)/2], g[len(g)-1], g[len(g)-1]/20)
+		t.Logf("death of n%d: next commit after %.1f ticks at the median, %.1f at most (of 200 ms: %.2f s)", i+1, g[len(g)/2], g[len(g)-1], g[len(g)-1]/5)
 	}
 	t.Logf("%d acknowledged", total)
 }
@@ -426,7 +426,7 @@ func TestWipedWitness(t *testing.T) {
 			if !errs.Has(err, errs.Busy) && !errs.Has(err, errs.NotLeader) {
 				t.Fatal(err)
 			}
-			time.Sleep(testTick)
+			time.Sleep(testPause)
 		}
 	}
 	change(func(g *Group) error { return g.Remove(ctx, 3) })
@@ -506,7 +506,7 @@ func TestPromotionWaitsForTheWitness(t *testing.T) {
 		if !errs.Has(err, errs.Busy) {
 			t.Fatal(err)
 		}
-		time.Sleep(testTick)
+		time.Sleep(testPause)
 	}
 	for _, nd := range []*node{b, wit} { // before they know that they are voters they do not seek election
 		caught(t, nd, g.Status().Commit)
@@ -634,14 +634,14 @@ func script(ctx context.Context, n *network, nodes []*node, count, size int) int
 			return 0
 		}
 		_ = nodes[1].h.Group(tg).TransferLeadership(ctx, 1)
-		wctx, cancel := context.WithTimeout(ctx, testTick)
+		wctx, cancel := context.WithTimeout(ctx, testPause)
 		_ = nodes[0].h.Group(tg).wait(wctx, "lead", func(st Status) bool { return st.Role == Leader })
 		cancel()
 	}
 	for i := range 2 * count {
 		if i == count {
 			for logStart(nodes[2]) <= 1 && ctx.Err() == nil { // a leader's floor comes, and the log is cut
-				time.Sleep(testTick)
+				time.Sleep(testPause)
 			}
 			n.isolate(2, true)
 		}

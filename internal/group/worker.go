@@ -435,7 +435,7 @@ func (w *worker) finish(t turn) error {
 	}
 	item := applyItem{g: g, entries: rd.CommittedEntries}
 	for _, e := range rd.CommittedEntries {
-		item.bytes += int64(proto.Size(e))
+		item.bytes += int64(entrySize(e))
 		if e.GetType() == pb.EntryConfChangeV2 {
 			cs, err := w.applyChange(g, e)
 			if err != nil {

@@ -22,7 +22,7 @@ import (
 // onDisk is for a node on the disk d, whose groups elect quickly.
 func onDisk(t *testing.T, d disk.FS) Config {
 	cfg := config(t)
-	cfg.FS, cfg.tick = d, 3*time.Millisecond
+	cfg.FS, cfg.tick = d, 12*time.Millisecond
 	return cfg
 }
 

@@ -89,6 +89,30 @@ func TestSurroundings(t *testing.T) {
 	}
 }
 
+// TestTimerSlack: the daemon's coarse timers are not for its commands.
+func TestTimerSlack(t *testing.T) {
+	slack := func(v string) {
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, task := range tasks {
+			if err := os.WriteFile("/proc/"+task.Name()+"/timerslack_ns", []byte(v), 0); err != nil && !os.IsNotExist(err) {
+				t.Fatal(err)
+			}
+		}
+	}
+	if os.Geteuid() == 0 { // else newRig skips
+		slack("1000000")
+		defer slack("50000")
+	}
+	r := newRig(t)
+	got := r.run(nil, "run", "cat", "/proc/1/timerslack_ns", "/proc/self/timerslack_ns") // the shim's, the program's
+	if want := "1000000\n50000\n"; got.out != want {
+		t.Errorf("%+v, want %q", got, want)
+	}
+}
+
 func TestIgnoredSignals(t *testing.T) {
 	r := newRig(t)
 	c := exec.Command("/bin/sh", "-c", `trap "" HUP INT; exec "$@"`, "sh", unumBin, "run", "grep", "SigIgn", "/proc/self/status")

@@ -24,6 +24,9 @@ const (
 	recallPatience = 5 * time.Second
 	// expiryMargin is added to Term before a new leader ends a silent session.
 	expiryMargin = 250 * time.Millisecond
+	// expireTick is how often there is looked for clients that have not renewed: a
+	// small part of what was waited for them already.
+	expireTick = 500 * time.Millisecond
 	// maxWait bounds how long a request may wait for leases: longer than it takes
 	// to end a silent session.
 	maxWait = 12 * time.Second
@@ -257,7 +260,7 @@ func (l *leadership) run() {
 	}
 	close(l.ready)
 	log.Info("serving", "after", clock.Now().Sub(elected).Round(time.Millisecond))
-	tick := time.NewTicker(100 * time.Millisecond)
+	tick := time.NewTicker(expireTick)
 	defer tick.Stop()
 	for {
 		select {

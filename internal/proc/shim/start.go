@@ -17,6 +17,10 @@ import (
 // as in the C library.
 const defaultPath = "/bin:/usr/bin"
 
+// usualSlack is by how many ns the kernel may be late with a program's timers, as
+// it has it after boot.
+const usualSlack = 50_000
+
 // child is everything the new process needs, made ready before the fork: after
 // it no memory may be taken and no lock touched.
 type child struct {
@@ -266,6 +270,8 @@ func become(c *child) {
 	}
 	// A lower nice value than this node may give is not worth failing for.
 	syscall.RawSyscall(syscall.SYS_SETPRIORITY, 0, 0, uintptr(c.nice))
+	// The daemon's timers are coarse (package node); this thread has that from it.
+	syscall.RawSyscall(syscall.SYS_PRCTL, unix.PR_SET_TIMERSLACK, usualSlack, 0)
 	syscall.RawSyscall(syscall.SYS_UMASK, uintptr(c.umask), 0, 0)
 	if _, _, en = syscall.RawSyscall(syscall.SYS_SETGROUPS, uintptr(len(c.groups)), uintptr(unsafe.Pointer(unsafe.SliceData(c.groups))), 0); en != 0 {
 		goto failed
