@@ -139,6 +139,7 @@ func (r *recordClient) doAs(ctx context.Context, c record.Command, proof princip
 		}
 		switch errs.ClassOf(err) {
 		case errs.NotLeader, errs.Unavailable, errs.Timeout, errs.NoQuorum, errs.Busy:
+		case errs.IO: // whose disk fails, ends: another leads then
 		default:
 			return nil, err
 		}
