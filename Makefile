@@ -30,7 +30,7 @@ test: deps build
 proto:
 	@scripts/proto
 
-torture: deps
+torture: deps build
 	GO="$(GO)" scripts/torture
 
 clean:
