@@ -50,7 +50,8 @@ func needRoot(t *testing.T) {
 	t.Skip(why)
 }
 
-func up(t *testing.T, nodes int) *cluster {
+// up makes a lab; flags are more of lab up's.
+func up(t *testing.T, nodes int, flags ...string) *cluster {
 	t.Helper()
 	needRoot(t)
 	c := &cluster{t: t, bin: builtBinary(t), name: fmt.Sprintf("t%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)}
@@ -67,7 +68,8 @@ func up(t *testing.T, nodes int) *cluster {
 			t.Errorf("lab down: %d %s", code, errOut)
 		}
 	})
-	if _, errOut, code := c.unum(90*time.Second, "lab", "up", "--name", c.name, "--nodes", strconv.Itoa(nodes), "--disk-size", "2G"); code != 0 {
+	args := append([]string{"lab", "up", "--name", c.name, "--nodes", strconv.Itoa(nodes), "--disk-size", "2G"}, flags...)
+	if _, errOut, code := c.unum(90*time.Second, args...); code != 0 {
 		t.Fatalf("lab up: %d %s", code, errOut)
 	}
 	return c
