@@ -551,7 +551,7 @@ func TestPowerFailsAtAnyMoment(t *testing.T) {
 			if !gone && slices.Contains(victims, b) {
 				<-left
 				// It was interrupted: it is said again.
-				gone = leaveAgain(t, ctx, what, b)
+				leaveAgain(t, ctx, what, b)
 			} else if !gone {
 				if err := <-left; err != nil {
 					t.Fatalf("%s: %v; it said %q", what, err, said.all())
@@ -640,7 +640,7 @@ func (p *progress) all() []string {
 
 // leaveAgain has a node that was interrupted while it left leave, as its user
 // would; it reports that it has.
-func leaveAgain(t *testing.T, ctx context.Context, what string, b *box) bool {
+func leaveAgain(t *testing.T, ctx context.Context, what string, b *box) {
 	t.Helper()
 	n := b.node()
 	var said progress
@@ -653,7 +653,6 @@ func leaveAgain(t *testing.T, ctx context.Context, what string, b *box) bool {
 	b.mu.Lock()
 	b.n = nil
 	b.mu.Unlock()
-	return true
 }
 
 // Clusters of 1, 2, 3, 5 and 7: the voters are as many as docs/quorum.md says;
