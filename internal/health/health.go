@@ -58,7 +58,7 @@ var table = []Kind{
 	{NoVote, Error, "this node is to vote in a group and does not yet", "wait some seconds; if it lasts, see that this node reaches the others' addresses (unum nodes)"},
 	{NoSession, Error, "this node's client has no session with the leader of the root volume: files cannot be used here", "wait some seconds; if it lasts, see that this node reaches the leader"},
 	{NotMounted, Error, "the tree is not mounted on this node", "see the daemon's log; starting unum again mounts it"},
-	{MemberDead, Warning, "a member does not answer", "start unum there, or see why the network does not reach it"},
+	{MemberDead, Warning, "a member does not answer, or another answers at its address: its machine was made another node", "start unum there, or see why the network does not reach it"},
 	{FewVoters, Warning, "a group has fewer voters than the members allow: it bears fewer deaths than it could", "start the nodes that are missing"},
 	{NoReplacement, Warning, "a voter is dead and no other storing node is there to take its place", "start it again, or add a storing node: unum token here, and what it prints on that machine"},
 	{BlocksMissing, Warning, "this node lacks copies of blocks that it should have; reading goes to the others meanwhile", "wait: they are fetched; if the number does not fall, start the other storing nodes"},
