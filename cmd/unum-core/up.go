@@ -68,7 +68,7 @@ func check(role record.Role) error {
 		return nil
 	}
 	if os.Geteuid() != 0 {
-		return errs.E(errs.Permission, "start a node", "", "root is needed, to mount the tree and to run commands as their users").WithRemedy("sudo unum %s", strings.Join(os.Args[1:], " "))
+		return errs.E(errs.Permission, "start a node", "", "root is needed, to mount the tree and to run commands as their users").WithRemedy("the same with sudo")
 	}
 	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
 	if err != nil {
@@ -276,6 +276,8 @@ func upCommand() *cobra.Command {
 			return hold(func() error {
 				if was, err := node.Exists(c.Dir); err != nil {
 					return err
+				} else if !was && c.Without != 0 {
+					return errs.E(errs.NotFound, "go on alone", c.Dir, "there is no node here").WithRemedy("give its directory by --dir")
 				} else if !was {
 					if err := node.Found(c); err != nil {
 						return err

@@ -251,6 +251,7 @@ func (c *Client) watch(ctx context.Context) {
 		walk := r.walk && storing && len(r.wanted) < maxWanted/2 && (last.IsZero() || time.Since(last) >= c.times.rewalk)
 		if walk {
 			r.walk = false
+			c.walked.Store(false)
 		}
 		r.mu.Unlock()
 		if storing != stored {

@@ -211,7 +211,12 @@ func VerifyJoin(chain []*x509.Certificate, fingerprint [32]byte, now time.Time) 
 	if err != nil {
 		return nil, err
 	}
-	if _, err := t.Verify(chain, x509.ExtKeyUsageServerAuth, now); err != nil {
+	p, err := t.Verify(chain, x509.ExtKeyUsageServerAuth, now)
+	if err == nil && p.Role != RoleStore { // others are not trusted with a token's secret
+		err = errs.E(errs.Unauthorized, "verify certificate", p.Node.String(), "it is a %s node", p.Role).
+			WithRemedy("join at the address of a node that stores")
+	}
+	if err != nil {
 		return nil, err
 	}
 	return t, nil

@@ -74,6 +74,7 @@ func (n *Node) serveEntrust(_ context.Context, _ ids.Node, req, _ []byte) (any, 
 	if n.disk.Role != record.RoleStore {
 		return nil, nil, errs.E(errs.Invalid, "keep the authority's key", n.id.String(), "it is a %s node", n.disk.Role)
 	}
+	n.entrusted.Store(time.Now().UnixNano()) // it is for a vote that is still to come
 	return nil, nil, n.keep(q.Key)
 }
 
@@ -109,7 +110,8 @@ func (n *Node) guard(ctx context.Context, g *guardian) {
 		return
 	}
 	if !slices.Contains(st.Voters, n.id) {
-		if has && !n.disk.Founding && time.Since(g.since) > keepKeyFor {
+		given := time.Unix(0, n.entrusted.Load())
+		if has && !n.disk.Founding && time.Since(g.since) > keepKeyFor && time.Since(given) > keepKeyFor {
 			err := n.cfg.FS.Remove(n.cfg.path(fileCAKey))
 			if err == nil {
 				err = disk.SyncDir(n.cfg.FS, n.cfg.path(dirIdentity))

@@ -94,6 +94,9 @@ func (n *Node) believe(ctx context.Context, from ids.Node, who principal.Princip
 	if err != nil {
 		return err
 	}
+	if !m.State.Belongs() {
+		return n.refused(ctx, who, what, from, errs.E(errs.Unauthorized, what, from.String(), "it is no member any more"))
+	}
 	if err := principal.Believe(from, m.Role == record.RoleStore, who, proof, n.holder.Trust(), n.cfg.Clock.Wall()); err != nil {
 		return n.refused(ctx, who, what, from, err)
 	}

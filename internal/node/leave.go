@@ -82,6 +82,18 @@ func (n *Node) Remove(ctx context.Context, p ids.Node, force bool) error {
 		return errs.E(errs.Busy, "remove node", p.String(), "it is alive").
 			WithRemedy("unum leave, on %s; or --force, and it never comes back", m.Hostname)
 	}
+	for _, g := range n.groups() { // the change that takes its vote away needs the others' majority of all
+		st, live := g.Status(), 0
+		for _, v := range st.Voters {
+			if v != p && n.alive(v) {
+				live++
+			}
+		}
+		if m.State.Belongs() && slices.Contains(st.Voters, p) && live*2 <= len(st.Voters) {
+			return errs.E(errs.NoQuorum, "remove node", p.String(), "without it %d of %d voters of group %d are alive: too few to take its vote away", live, len(st.Voters), g.ID()).
+				WithRemedy("start the others; or, of two nodes, unum down, then unum up --without %v", p)
+		}
+	}
 	who, err := asker(ctx)
 	if err != nil {
 		return err

@@ -42,6 +42,7 @@ const dirLogins = "logins"
 type login struct {
 	proof principal.Proof
 	cred  *principal.Credential
+	tried time.Time // when a newer one was last asked for
 }
 
 // logins are those of a client node, by local uid.
@@ -65,6 +66,15 @@ func (l *logins) set(uid uint32, x *login) {
 	if x == nil {
 		delete(l.by, uid)
 	} else {
+		l.by[uid] = x
+	}
+}
+
+// replace puts x in the place of was, if that is still there.
+func (l *logins) replace(uid uint32, was, x *login) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.by[uid] == was {
 		l.by[uid] = x
 	}
 }
@@ -114,7 +124,7 @@ func (n *Node) loadLogins() error {
 			n.cfg.Log.Info("a login has ended", "uid", uid, "err", firstLine(err))
 			continue
 		}
-		n.logins.set(uint32(uid), &login{p, c})
+		n.logins.set(uint32(uid), &login{proof: p, cred: c})
 	}
 	return nil
 }
@@ -131,7 +141,7 @@ func (n *Node) acceptLogin(uid uint32, p principal.Proof) (*login, error) {
 	if err := identity.Save(n.cfg.FS, n.loginPath(uid), p); err != nil {
 		return nil, err
 	}
-	l := &login{p, c}
+	l := &login{proof: p, cred: c}
 	n.logins.set(uid, l)
 	return l, nil
 }
@@ -182,16 +192,21 @@ func (n *Node) logout(uid uint32) error {
 
 // renewLogins exchanges credentials of which less than half is left.
 func (n *Node) renewLogins(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, renewLimit) // for all together
+	defer cancel()
 	for uid, l := range n.logins.all() {
 		left := time.Duration(l.cred.Expires - n.cfg.Clock.Wall().UnixNano())
-		if left > principal.Validity/2 {
+		if left > principal.Validity/2 || l.cred.Expires == l.cred.Renewable || time.Since(l.tried) < renewAgain {
 			continue
 		}
-		cctx, cancel := context.WithTimeout(ctx, renewLimit)
-		p, err := n.askSigner(cctx, methodRelogin, nil, l.proof)
-		cancel()
-		if err == nil {
+		n.logins.replace(uid, l, &login{proof: l.proof, cred: l.cred, tried: time.Now()})
+		l = n.logins.of(uid)
+		p, err := n.askSigner(ctx, methodRelogin, nil, l.proof)
+		switch {
+		case err == nil:
 			_, err = n.acceptLogin(uid, p)
+		case errs.Has(err, errs.Unauthorized) || errs.Has(err, errs.NotFound): // for good
+			err = errors.Join(err, n.logout(uid))
 		}
 		if err != nil && ctx.Err() == nil {
 			n.cfg.Log.Warn("a credential is not renewed", "of", l.cred.String(), "err", firstLine(err))

@@ -266,16 +266,14 @@ func (n *Node) serveDoor(ctx context.Context, _ net.Addr, req []byte) ([]byte, e
 	if _, err := identity.RequestKey(q.CSR); err != nil {
 		return nil, err
 	}
-	if n.disk.Role == record.RoleStore {
-		r, err := n.join(ctx, &q)
-		if err == nil {
-			return wire.Marshal(r)
-		}
-		if !errs.Has(err, errs.Unavailable) {
-			return nil, err
-		}
+	r, err := n.join(ctx, &q)
+	if err == nil {
+		return wire.Marshal(r)
 	}
-	err := error(errs.E(errs.Unavailable, "", "", "no node that could sign answers"))
+	if !errs.Has(err, errs.Unavailable) {
+		return nil, err
+	}
+	err = error(errs.E(errs.Unavailable, "", "", "no node that could sign answers"))
 	for _, p := range n.askFirst() {
 		if p == n.id {
 			continue

@@ -90,18 +90,19 @@ type Node struct {
 	clockEvery time.Duration
 	leaderless map[ids.Group]*leaderless
 
-	known   atomic.Pointer[map[ids.Node]record.Member] // the record's members
-	stir    chan struct{}                              // holds one: the steward should look
-	rung    bell                                       // the record has changed
-	knocks  refusals                                   // told to the audit of late
-	logins  logins                                     // of a client node's users
-	heard   atomic.Pointer[[]ids.Node]                 // who is alive, as a client node was told
-	turn    atomic.Uint64
-	mounted atomic.Bool
-	goes    atomic.Bool             // it leaves for good when it stops
-	gone    atomic.Bool             // it has, and the record knows
-	end     context.CancelCauseFunc // of Run
-	began   time.Time
+	known     atomic.Pointer[map[ids.Node]record.Member] // the record's members
+	stir      chan struct{}                              // holds one: the steward should look
+	rung      bell                                       // the record has changed
+	entrusted atomic.Int64                               // when it was given the authority's key, Unix ns
+	knocks    refusals                                   // told to the audit of late
+	logins    logins                                     // of a client node's users
+	heard     atomic.Pointer[[]ids.Node]                 // who is alive, as a client node was told
+	turn      atomic.Uint64
+	mounted   atomic.Bool
+	goes      atomic.Bool             // it leaves for good when it stops
+	gone      atomic.Bool             // it has, and the record knows
+	end       context.CancelCauseFunc // of Run
+	began     time.Time
 }
 
 // noTransport is for a host that is not run.

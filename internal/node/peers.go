@@ -32,10 +32,10 @@ func (n *Node) servePeers() {
 	n.ep.Handle(methodClock, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
 		return clockReply{n.cfg.Clock.Wall().UnixNano()}, nil, nil
 	})
-	n.ep.HandleJoin(n.serveDoor)
 	if n.disk.Role != record.RoleStore {
 		return
 	}
+	n.ep.HandleJoin(n.serveDoor)
 	n.ep.Handle(methodRenew, n.serveRenew)
 	n.ep.Handle(methodRead, n.serveRead)
 	n.ep.Handle(methodLogin, n.serveLogin)

@@ -138,9 +138,16 @@ func (s *steward) renew(ctx context.Context) {
 // as they are dead. What became of this node's own is the manager's to know.
 func (s *steward) bury(ctx context.Context, members []record.Member) {
 	n := s.n
+	for _, m := range *n.known.Load() { // those that were put out may have died with jobs
+		if m.State == record.Left || m.State == record.Removed {
+			members = append(members, m)
+		}
+	}
 	for _, m := range members {
-		if m.Role != record.RoleStore || s.silent[m.ID].IsZero() {
-			delete(s.buried, m.ID)
+		if m.Role != record.RoleStore || m.State.Belongs() && s.silent[m.ID].IsZero() || !m.State.Belongs() && !s.buried[m.ID].IsZero() {
+			if m.State.Belongs() {
+				delete(s.buried, m.ID)
+			}
 			continue
 		}
 		if time.Since(s.buried[m.ID]) < buryAgain {

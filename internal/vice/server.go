@@ -101,6 +101,9 @@ func handle[Q any, R any](s *Server, method string, f func(ctx context.Context, 
 			return nil, nil, errs.E(errs.NotFound, method, "", "group %d is not served here", c.group())
 		}
 		r, err := f(ctx, from, &q)
+		if errs.Has(err, errs.IO) { // a host whose disk fails ends, and another node leads: the client asks there
+			err = errs.E(errs.Unavailable, method, "", "the leader's disk fails: %w", err)
+		}
 		if err != nil {
 			return nil, nil, err
 		}
