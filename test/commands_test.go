@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 func init() { workers["callers"] = callersWorker }
@@ -147,20 +148,27 @@ func TestEveryCallerGetsTheTrueResult(t *testing.T) {
 	if lost == 0 {
 		t.Error("none was lost: the death came between commands")
 	}
-	// The process table tells the same.
-	states := map[string]int{}
-	var jobs []struct {
-		State string `json:"state"`
-		Node  string `json:"node"`
-	}
-	out := c.must("n2", "UNUM ps --all --json")
-	if err := json.Unmarshal([]byte(out), &jobs); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	for _, j := range jobs {
-		states[j.State]++
-	}
-	if len(jobs) != 8*each || states["lost"] != lost {
-		t.Errorf("the process table has %d jobs: %v; %d callers were told of a loss", len(jobs), states, lost)
+	// The process table comes to tell the same: that a job is lost is presumed at
+	// once, and yields when its home has told the record of the end it saw.
+	var told string
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		states := map[string]int{}
+		var jobs []struct {
+			State string `json:"state"`
+			Node  string `json:"node"`
+		}
+		out := c.must("n2", "UNUM ps --all --json")
+		if err := json.Unmarshal([]byte(out), &jobs); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		for _, j := range jobs {
+			states[j.State]++
+		}
+		if len(jobs) == 8*each && states["lost"] == lost {
+			break
+		}
+		if told = fmt.Sprintf("%d jobs: %v", len(jobs), states); time.Now().After(end) {
+			t.Fatalf("the process table has %s; %d callers were told of a loss", told, lost)
+		}
 	}
 }

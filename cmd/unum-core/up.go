@@ -68,7 +68,7 @@ func check(role record.Role) error {
 		return nil
 	}
 	if os.Geteuid() != 0 {
-		return errs.E(errs.Permission, "start a node", "", "root is needed, to mount the tree and to run commands as their users").WithRemedy("the same with sudo")
+		return errs.E(errs.Permission, "start a node", "", "root is needed, to mount the tree and to run commands as their users").WithRemedy("sudo unum %s", strings.Join(os.Args[1:], " "))
 	}
 	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
 	if err != nil {
