@@ -319,11 +319,11 @@ func witnessCommand() *cobra.Command {
 	cmd.Long = `Make this machine a witness in the cluster of which ADDR is a node, and start it.
 A witness votes and keeps the latest of the logs (at most 1 GiB a group), no
 files: where two nodes store, either of them, or the witness, may then die and
-the rest goes on. It needs neither root nor FUSE, only a directory of its own.
+the rest goes on. It needs no FUSE, only a directory of its own and its port.
 Where three or more nodes store it sits idle. Later starts are unum up.
 TOKEN may be -, then it is read from standard input.
 ` + exitCodes
-	cmd.Example = "  unum witness alpha:7400 TOKEN\n  unum witness -d --dir ~/unum alpha:7400 TOKEN"
+	cmd.Example = "  unum witness alpha:7400 TOKEN\n  unum witness -d --dir /srv/unum alpha:7400 TOKEN"
 	return cmd
 }
 
