@@ -83,7 +83,9 @@ func interruptRun(t *testing.T, c *cluster) {
 		return cmd, out
 	}
 	for _, p := range points(1, 12, 80*time.Millisecond) {
-		cmd, out := start("echo started; sleep " + forever)
+		// Without exec, dash misses an interrupt of its group while it starts the
+		// next command, run or not run by Unum.
+		cmd, out := start("echo started; exec sleep " + forever)
 		p.wait(out, func() bool { return false })
 		if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 			t.Fatal(err)
