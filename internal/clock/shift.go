@@ -8,10 +8,13 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/errs"
 )
@@ -65,9 +68,6 @@ func ParseShift(text string) (wall, boot time.Duration, err error) {
 	return wall, boot, nil
 }
 
-// lookAgain is how often Follow reads its file.
-const lookAgain = 50 * time.Millisecond
-
 // maxClockFile bounds the file, in bytes.
 const maxClockFile = 4096
 
@@ -100,10 +100,22 @@ func readClock(path string) (string, error) {
 
 // Follow sets the clock as the file says, now and whenever what it says changes,
 // until ctx ends. What cannot be read or means nothing is logged once and leaves
-// the clock as it is. The file should be replaced by renaming.
+// the clock as it is. The file, which may come and go in a directory that stays,
+// should be replaced by renaming. Class IO if the directory cannot be watched.
 func (s *Shifted) Follow(ctx context.Context, path string, log *slog.Logger) error {
-	t := time.NewTicker(lookAgain)
-	defer t.Stop()
+	// The kernel tells of changes: a clock that is looked at would be a good part
+	// of what an idle daemon costs.
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return errs.Wrap(err, "follow", path)
+	}
+	events := os.NewFile(uintptr(fd), "inotify")
+	defer events.Close()
+	if _, err := unix.InotifyAddWatch(fd, filepath.Dir(path), unix.IN_CLOSE_WRITE|unix.IN_MOVED_TO|unix.IN_MOVED_FROM|unix.IN_DELETE); err != nil {
+		return errs.Wrap(err, "follow", path)
+	}
+	defer context.AfterFunc(ctx, func() { events.SetReadDeadline(time.Unix(1, 0)) })()
+	buf := make([]byte, 16<<10) // more than the longest name takes
 	said, first := "", true
 	for {
 		text, err := readClock(path)
@@ -124,10 +136,11 @@ func (s *Shifted) Follow(ctx context.Context, path string, log *slog.Logger) err
 				log.Info("clock set", "wall", time.Duration(s.wall.Load()), "boot", time.Duration(s.boot.Load()))
 			}
 		}
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			return nil
+		if _, err := events.Read(buf); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return errs.Wrap(err, "follow", path)
 		}
 	}
 }
