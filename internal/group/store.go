@@ -18,7 +18,7 @@ import (
 // databases live in the Go heap.
 const (
 	cacheBytes    = 8 << 20 // blocks of both databases together
-	memtableBytes = 4 << 20 // each; up to four may wait for their flush
+	memtableBytes = 16 << 20 // each, grown into; up to four may wait for their flush
 	maxOpenFiles  = 256
 )
 
