@@ -40,7 +40,7 @@ func people(t fataler) *replica {
 	r.must(Command{PutUser: &User{Name: "gone", UID: 3000, GID: 100, Admin: true, Disabled: true}})
 	r.must(Command{GrantJobs: 100})
 	r.must(Command{PutJobs: []Job{{ID: 1, Home: 1, Node: 1, State: JobRunning}}})
-	r.must(Command{Who: principal.Of(2), PutJobs: []Job{{ID: 2, Home: 2, Node: 2, State: JobRunning}}})
+	r.must(Command{Who: principal.Of(3), PutJobs: []Job{{ID: 2, Home: 3, Node: 3, State: JobRunning}}})
 	r.must(Command{Put: &Put{Key: "settings/a", Value: []byte("1")}})
 	r.must(Command{Put: &Put{Key: "user/1000/a", Value: []byte("1")}})
 	r.must(Command{Put: &Put{Key: "user/2000/a", Value: []byte("1")}})
@@ -82,7 +82,8 @@ var everybody = map[string]principal.Principal{
 }
 
 var (
-	admins  = []string{"root of store", "root of other store", "boss of store", "boss of client"}
+	trusted = []string{"root of store", "root of other store", "boss of store"}
+	admins  = append(slices.Clone(trusted), "boss of client")
 	stores  = []string{"store", "other store"}
 	systems = append(slices.Clone(stores), "client")
 	users   = append(slices.Clone(admins), "ana of store", "ana of client", "4000 of store")
@@ -103,32 +104,33 @@ func TestWhoMayWhat(t *testing.T) {
 		Command
 		may []string
 	}{
-		"add token":              {Command{AddToken: &Token{ID: TokenID{99}, Uses: 1, Role: RoleStore}}, admins},
-		"drop token":             {Command{DropToken: &TokenID{7}}, admins},
+		"add token":              {Command{AddToken: &Token{ID: TokenID{99}, Uses: 1, Role: RoleStore}}, trusted},
+		"drop token":             {Command{DropToken: &TokenID{7}}, trusted},
 		"join":                   {Command{AddMember: &AddMember{Token: TokenID{7}, Key: KeyHash{99}, Now: 1}}, stores},
-		"move n1":                {update(UpdateMember{Node: 1, Addr: "x:1", Hostname: "x"}), names(admins, []string{"store"})},
-		"move n2":                {update(UpdateMember{Node: 2, Addr: "x:1", Hostname: "x"}), names(admins, []string{"client"})},
-		"label n1":               {update(UpdateMember{Node: 1, Labels: map[string]string{"a": "b"}}), admins},
-		"label n2":               {update(UpdateMember{Node: 2, Addr: "x:1", Labels: map[string]string{"a": "b"}}), admins},
-		"admit n2":               {update(UpdateMember{Node: 2, State: Active}), names(admins, stores)},
-		"n2 goes":                {update(UpdateMember{Node: 2, State: Left}), names(admins, systems)},
-		"n2 leaves":              {update(UpdateMember{Node: 2, State: Leaving}), names(admins, systems)},
-		"n5 leaves":              {update(UpdateMember{Node: 5, State: Leaving}), names(admins, stores, []string{"witness"})},
-		"remove n2":              {update(UpdateMember{Node: 2, State: Removed}), admins},
-		"remove n3":              {update(UpdateMember{Node: 3, State: Removed}), admins},
-		"grant":                  {Command{GrantJobs: 1}, systems},
-		"job of n1":              {job(Job{ID: 10, Home: 1, Node: 2, State: JobRunning}), []string{"store", "client"}},
-		"job of n2":              {job(Job{ID: 10, Home: 2, Node: 2, State: JobRunning}), []string{"client"}},
+		"move n1":                {update(UpdateMember{Node: 1, Addr: "x:1", Hostname: "x"}), names(trusted, []string{"store"})},
+		"move n2":                {update(UpdateMember{Node: 2, Addr: "x:1", Hostname: "x"}), names(trusted, []string{"client"})},
+		"label n1":               {update(UpdateMember{Node: 1, Labels: map[string]string{"a": "b"}}), trusted},
+		"label n2":               {update(UpdateMember{Node: 2, Addr: "x:1", Labels: map[string]string{"a": "b"}}), trusted},
+		"admit n2":               {update(UpdateMember{Node: 2, State: Active}), names(trusted, stores)},
+		"n2 goes":                {update(UpdateMember{Node: 2, State: Left}), names(trusted, systems)},
+		"n2 leaves":              {update(UpdateMember{Node: 2, State: Leaving}), names(trusted, systems)},
+		"n5 leaves":              {update(UpdateMember{Node: 5, State: Leaving}), names(trusted, stores, []string{"witness"})},
+		"remove n2":              {update(UpdateMember{Node: 2, State: Removed}), trusted},
+		"remove n3":              {update(UpdateMember{Node: 3, State: Removed}), trusted},
+		"grant":                  {Command{GrantJobs: 1}, stores},
+		"job of n1":              {job(Job{ID: 10, Home: 1, Node: 3, State: JobRunning}), stores},
+		"job of n2":              {job(Job{ID: 10, Home: 2, Node: 2, State: JobRunning}), nil},
+		"job of n3":              {job(Job{ID: 10, Home: 3, Node: 2, State: JobRunning}), []string{"other store"}},
 		"end of n1's job":        {job(Job{ID: 1, Home: 1, Node: 1, State: JobExited}), []string{"store"}},
 		"n1's job taken over":    {job(Job{ID: 1, Incarnation: 9, Home: 2, Node: 2, State: JobRunning}), nil},
 		"n1's job taken in":      {job(Job{ID: 1, Incarnation: 9, Home: 1, Node: 2, State: JobRunning}), []string{"store"}},
-		"n2's job lost":          {job(Job{ID: 2, Home: 2, Node: 2, State: JobLost}), systems},
+		"n3's job lost":          {job(Job{ID: 2, Home: 3, Node: 3, State: JobLost}), stores},
 		"unheard of job lost":    {job(Job{ID: 50, Home: 9, Node: 9, State: JobLost}), nil},
-		"put user":               {Command{PutUser: &User{Name: "eve", UID: 5000}}, admins},
-		"make oneself admin":     {Command{PutUser: &User{Name: "ana", UID: 1000, Admin: true}}, admins},
-		"drop user":              {Command{DropUser: "ana"}, admins},
-		"add login":              {Command{AddLogin: &LoginToken{ID: LoginID{77}, User: "ana", Expires: 5}}, names(admins, []string{"ana of store"})},
-		"login at n2":            {Command{Login: &Login{ID: LoginID{5}, Node: 2, Now: 1}}, systems},
+		"put user":               {Command{PutUser: &User{Name: "eve", UID: 5000}}, trusted},
+		"make oneself admin":     {Command{PutUser: &User{Name: "ana", UID: 1000, Admin: true}}, trusted},
+		"drop user":              {Command{DropUser: "ana"}, trusted},
+		"add login":              {Command{AddLogin: &LoginToken{ID: LoginID{77}, User: "ana", Expires: 5}}, names(trusted, []string{"ana of store"})},
+		"login at n2":            {Command{Login: &Login{ID: LoginID{5}, Node: 2, Now: 1}}, stores},
 		"login at n3":            {Command{Login: &Login{ID: LoginID{5}, Node: 3, Now: 1}}, stores},
 		"put setting":            {Command{Put: &Put{Key: "settings/a"}}, admins},
 		"delete setting":         {Command{Delete: &Delete{Key: "settings/a"}}, admins},
@@ -176,6 +178,12 @@ func TestWhoMayWhat(t *testing.T) {
 			b.Close()
 		}
 	}
+	for _, name := range []string{"client", "root of client", "boss of client", "witness", "removed"} { // who may is told that it is founded
+		c := Command{Client: 9, Seq: 1, Who: everybody[name], Init: &Init{Name: "mine"}}
+		if res := r.apply(c); !res.Denied() {
+			t.Errorf("%s founds the cluster anew: %+v", name, res)
+		}
+	}
 }
 
 func TestWhoMayRead(t *testing.T) {
@@ -204,9 +212,11 @@ func TestWhoMayRead(t *testing.T) {
 	}
 	// What is watched says no more than what may be read.
 	for name, sees := range map[string]string{
-		"ana of client": "info member key:settings/a key:user/1000/a user job grant",
-		"client":        "info member key:settings/a user job grant",
-		"root of store": "info member token key:settings/a key:user/1000/a key:user/2000/a user login job grant",
+		"ana of client":  "info member key:settings/a key:user/1000/a user:ana",
+		"boss of client": "info member token key:settings/a key:user/1000/a key:user/2000/a user:ana user:boss user:gone login job grant",
+		"client":         "info member key:settings/a",
+		"ana of store":   "info member key:settings/a key:user/1000/a user:ana user:boss user:gone job grant",
+		"root of store":  "info member token key:settings/a key:user/1000/a key:user/2000/a user:ana user:boss user:gone login job grant",
 	} {
 		rights, err := r.view().Rights(everybody[name])
 		if err != nil {
@@ -220,7 +230,7 @@ func TestWhoMayRead(t *testing.T) {
 		for _, e := range all {
 			if rights.MaySee(e) {
 				s := e.Kind.String()
-				if e.Kind == KindKey {
+				if e.Kind == KindKey || e.Kind == KindUser {
 					s += ":" + e.Key
 				}
 				seen[s] = true
@@ -310,8 +320,8 @@ func TestAudit(t *testing.T) {
 		}
 		return all[len(all)-1]
 	}
-	r.must(Command{Now: 50, Who: everybody["boss of client"], PutUser: &User{Name: "eve", UID: 5}})
-	if e := last(); e.What != "put user" || e.On != "eve" || e.Err != 0 || e.Time != 50 || e.Who != everybody["boss of client"] || e.Count != 1 {
+	r.must(Command{Now: 50, Who: everybody["boss of store"], PutUser: &User{Name: "eve", UID: 5}})
+	if e := last(); e.What != "put user" || e.On != "eve" || e.Err != 0 || e.Time != 50 || e.Who != everybody["boss of store"] || e.Count != 1 {
 		t.Fatalf("%+v", e)
 	}
 	was := last()
@@ -426,4 +436,43 @@ func TestRightsEndAtOnce(t *testing.T) {
 	r.must(ana)
 	r.must(Command{UpdateMember: &UpdateMember{Node: 2, State: Removed}})
 	r.refuse(ana, errs.Unauthorized, "no member any more")
+}
+
+// TestTimeOfOthers: what a node that does not store says of the time is taken
+// from it as far as it is near what storing nodes said last.
+func TestTimeOfOthers(t *testing.T) {
+	r := people(t)
+	defer r.close()
+	now := 10 * MaxApart
+	r.must(Command{Now: now, Put: &Put{Key: "settings/a"}})
+	refused := func(who string, said int64) int64 {
+		t.Helper()
+		r.refuse(Command{Now: said, Who: everybody[who], Put: &Put{Key: fmt.Sprintf("settings/%d", r.seq)}}, errs.Permission, "")
+		all, err := r.view().Audit(0, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return all[len(all)-1].Time
+	}
+	for _, c := range []struct {
+		who        string
+		said, want int64
+	}{
+		{"ana of client", now + 7, now + 7},
+		{"ana of client", 1 << 62, now + MaxApart},
+		{"client", now + MaxApart + 1, now + MaxApart}, // not from where the last one got
+		{"witness", -5, now - MaxApart},
+		{"client", 0, now - MaxApart},
+		{"ana of store", now + 2*MaxApart, now + 2*MaxApart},
+		{"client", now, now + MaxApart},
+		{"store", 5, 5}, // a clock was set right: the others' are held against that
+		{"client", now, 5 + MaxApart},
+	} {
+		if got := refused(c.who, c.said); got != c.want {
+			t.Errorf("%s said %d: the audit has %d, want %d", c.who, c.said, got, c.want)
+		}
+	}
+	if res := r.raw(wire.MustMarshal(Command{Client: 1, Seq: 9999, Now: 1 << 62, DropUser: "x"})); !res.Denied() || r.info().Time != 5 {
+		t.Errorf("%+v %d", res, r.info().Time)
+	}
 }

@@ -14,7 +14,7 @@ const (
 // machine with an empty one comes to the same state.
 type cache struct {
 	index   uint64 // Counters.Index of the state
-	clients map[uint64]client
+	clients map[clientID]client
 	rights  map[principal.Principal]Rights
 	uses    map[uint64]usage
 	keys    map[string]keyMeta
@@ -33,7 +33,7 @@ func (m *Machine) cacheOf(index uint64) *cache {
 	c := m.cache
 	m.cache = nil
 	if c == nil || c.index != index {
-		c = &cache{clients: map[uint64]client{}, rights: map[principal.Principal]Rights{}, uses: map[uint64]usage{}, keys: map[string]keyMeta{}}
+		c = &cache{clients: map[clientID]client{}, rights: map[principal.Principal]Rights{}, uses: map[uint64]usage{}, keys: map[string]keyMeta{}}
 	}
 	return c
 }
@@ -47,11 +47,11 @@ func remember[K comparable, V any](m map[K]V, limit int, k K, v V) {
 }
 
 // client returns what is known of a client.
-func (t *txn) client(id uint64) (cl client, known bool) {
+func (t *txn) client(id clientID) (cl client, known bool) {
 	if cl, known = t.cache.clients[id]; known {
 		return cl, true
 	}
-	known = t.load(t.key(tagClient, id), &cl)
+	known = t.load(t.key(tagClient, uint64(id.node), id.number), &cl)
 	return cl, known
 }
 

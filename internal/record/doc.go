@@ -23,9 +23,8 @@
 //	't' token              Token
 //	'j' job                Job
 //	'f' revision job       finished jobs in the order in which they finished
-//	'u' client             what is known of a client of the record
-//	'v' index client       clients in the order of their last command
-//	'd' client seq         Result of a command, until acknowledged
+//	'o' node client        what is known of a client of the record
+//	'r' node client seq    Result of a command, until acknowledged
 //	'k' key                Key: what Put wrote
 //	'q' uid, or 1<<32      usage of a user's keys, or of the settings
 //	'p' uid                User
@@ -33,12 +32,15 @@
 //	'l' hash               LoginToken
 //	'h' slot               changes of one revision; slot is its remainder by MaxHistory
 //	'a' ring slot          Audit; ring 0 has the acts, ring 1 the refusals
+//	'u', 'v', 'd'          clients of before they belonged to nodes; cleared
 //
 // # Invariants
 //
 //   - Apply depends on the state, the index and the command alone.
 //   - A refused command changes nothing but its client's bookkeeping and the audit.
-//   - Nobody asks for nothing: only Init and Barrier need no principal.
+//   - Nobody asks for nothing: only the founding Init and Barrier need no principal.
+//   - A client of the record is one node's, and what is kept of it takes up that
+//     node's room only. Who may not do a command is not met as a client.
 //   - Whatever is written of what is watched stands in the history.
 //   - What a machine remembers from command to command saves time and decides
 //     nothing.
@@ -47,7 +49,8 @@
 //   - A job's record never goes back: not to an older incarnation, and not from
 //     an end that was seen. "lost" is a presumption and yields to a seen end.
 //   - Kept are all unfinished jobs and the last MaxFinished finished ones, the
-//     last MaxClients clients, and at most Window results of each.
+//     last clients of each node, and so many results of each (StoreClients, Window,
+//     OtherClients, OtherWindow).
 //
 // # Locks
 //

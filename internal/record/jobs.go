@@ -25,8 +25,10 @@ func (t *txn) putJobs(jobs []Job) ([]Refusal, Refusal) {
 		return nil, no(errs.TooLarge, "%d jobs, limit %d", len(jobs), MaxPut)
 	}
 	out := make([]Refusal, len(jobs))
+	told := false
 	for i := range jobs {
 		out[i] = t.putJob(jobs[i])
+		out[i].untold(&told)
 	}
 	return out, done
 }
@@ -58,7 +60,7 @@ func (t *txn) putJob(j Job) Refusal {
 	if known {
 		t.decode(key, old, &was)
 	}
-	if r := t.mayPutJob(&j, &was, known); r.refused() {
+	if r := t.mayPutJob(&j, known); r.refused() {
 		return r
 	}
 	if known {

@@ -30,7 +30,8 @@ type Delete struct {
 	Expect *uint64 `cbor:"2,keyasint,omitempty"`
 }
 
-// KeyResult answers one Put of a Batch; Mod is as in Result.
+// KeyResult answers one Put of a Batch; Mod is as in Result. Only the first refusal
+// of a Batch says why.
 type KeyResult struct {
 	Refusal Refusal `cbor:"1,keyasint,omitempty"`
 	Mod     uint64  `cbor:"2,keyasint,omitempty"`
@@ -200,8 +201,10 @@ func (t *txn) batch(ps []Put) ([]KeyResult, Refusal) {
 		return nil, no(errs.TooLarge, "%d puts, limit %d", len(ps), MaxBatch)
 	}
 	out := make([]KeyResult, len(ps))
+	told := false
 	for i := range ps {
 		out[i].Mod, out[i].Refusal = t.put(&ps[i])
+		out[i].Refusal.untold(&told)
 	}
 	return out, done
 }

@@ -462,15 +462,14 @@ func TestCompactedChanges(t *testing.T) {
 	r.replay()
 }
 
-// TestOldStateIsRead: the state of before there were principals, keys, users,
-// audit and history is read, and goes on.
-func TestOldStateIsRead(t *testing.T) {
-	b, err := os.ReadFile("testdata/layout-1.golden")
+// oldState reads a state that an earlier version kept.
+func oldState(t *testing.T, file string) *replica {
+	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r := newReplica(t)
-	defer r.close()
+	t.Cleanup(r.close)
 	for line := range strings.Lines(string(b)) {
 		f := strings.Fields(line)
 		k, err := hex.DecodeString(f[1])
@@ -487,6 +486,43 @@ func TestOldStateIsRead(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	return r
+}
+
+// TestOldClientsAreCleared: what was kept of clients before they belonged to
+// nodes goes when the first new one comes, and nothing else does.
+func TestOldClientsAreCleared(t *testing.T) {
+	r := oldState(t, "testdata/layout-2.golden")
+	old := func() string {
+		var out strings.Builder
+		for line := range strings.Lines(dump(t, r.db, "")) {
+			if strings.IndexByte("uvd", line[0]) >= 0 {
+				out.WriteString(line)
+			}
+		}
+		return out.String()
+	}
+	if old() == "" {
+		t.Fatal("the old state has no clients")
+	}
+	was := dump(t, r.db, "uvdc")
+	r.index, r.seq = 100, 100
+	r.must(Command{UpdateMember: &UpdateMember{Node: 2, State: Active}}) // is so already
+	if o := old(); o != "" {
+		t.Errorf("there are still\n%s", o)
+	}
+	if now := dump(t, r.db, "orc"); now != was {
+		t.Errorf("the rest is\n%s\nwas\n%s", now, was)
+	}
+	if n := r.info().Clients; n != 1 {
+		t.Errorf("%d clients", n)
+	}
+}
+
+// TestOldStateIsRead: the state of before there were principals, keys, users,
+// audit and history is read, and goes on.
+func TestOldStateIsRead(t *testing.T) {
+	r := oldState(t, "testdata/layout-1.golden")
 	r.index, r.seq = 6, 6
 	i := r.info()
 	ms, err := r.view().Members()

@@ -2,6 +2,7 @@ package record
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -100,10 +101,30 @@ func (r Refusal) refused() bool { return r.Err != 0 }
 
 // Error returns r as an error of its class; nil when nothing was refused.
 func (r Refusal) Error(op, subject string) error {
-	if r.Err == 0 {
+	switch {
+	case r.Err == 0:
 		return nil
+	case r.Why == "": // one of many: see untold
+		return errs.E(errs.Class(r.Err), op, subject, "%s", errs.Class(r.Err))
 	}
 	return errs.E(errs.Class(r.Err), op, subject, "%s", r.Why)
+}
+
+// untold takes the text from a refusal of a part of a command when another part's
+// said is told: each has its class, and a command of a thousand refusals is not
+// kept as a thousand sentences.
+func (r *Refusal) untold(told *bool) {
+	if r.refused() && *told {
+		r.Why = ""
+	}
+	*told = *told || r.refused()
+}
+
+// Denied reports whether anything of the command was refused for want of a right;
+// that stands in the audit.
+func (res *Result) Denied() bool {
+	return res.Refusal.denied() || slices.ContainsFunc(res.Jobs, Refusal.denied) ||
+		slices.ContainsFunc(res.Keys, func(k KeyResult) bool { return k.Refusal.denied() })
 }
 
 // done means the command was carried out.
@@ -114,6 +135,13 @@ type client struct {
 	Acked uint64 `cbor:"1,keyasint"` // results below are forgotten
 	Last  uint64 `cbor:"2,keyasint"` // index of its last command
 	Top   uint64 `cbor:"3,keyasint"` // greatest sequence number done; above it nothing need be looked for
+}
+
+// clientID names a client: a number means nothing but beside the node that was
+// proven to use it. So no node can see, disturb or use up another's.
+type clientID struct {
+	node   ids.Node
+	number uint64
 }
 
 // txn is the work on one command.
@@ -151,21 +179,37 @@ func (t *txn) command(cmd []byte) *Result {
 	if c.Barrier {
 		return t.refuse(done)
 	}
-	cl, known := t.client(c.Client)
+	// What was answered is answered again before rights are asked for: who has lost
+	// them since, maybe by this very command, must learn that it was done. It tells
+	// nobody anything new, for it is that node's own.
+	id := clientID{c.Who.Node, c.Client}
+	cl, known := t.client(id)
 	res := &Result{}
-	key := t.key(tagDone, c.Client, c.Seq)
+	key := t.key(tagResult, uint64(id.node), id.number, c.Seq)
 	if known && c.Seq >= cl.Acked && c.Seq <= cl.Top && t.load(key, res) {
 		return res
 	}
 	acked := max(cl.Acked, c.Acked)
-	switch {
-	case c.Seq < acked:
+	if c.Seq < acked {
 		return t.refuse(no(errs.Stale, "command %d was answered and acknowledged", c.Seq))
-	case c.Seq-acked >= Window:
-		return t.refuse(no(errs.Busy, "command %d is more than %d ahead of what is acknowledged, %d", c.Seq, Window, acked))
 	}
-	t.meet(c, cl, known, acked)
-	t.do(c, res)
+	if c.Init == nil && t.count.NextNode == 0 {
+		return t.refuse(no(errs.Unavailable, "the cluster is not founded yet"))
+	}
+	// Who may not is not met: nobody takes up room by asking for what he must not
+	// have. Such a command changes the audit only, so it is judged anew each time.
+	if res.Refusal = t.admit(c); res.Refusal.refused() {
+		t.count.Index = t.index
+		t.audit(c, res)
+		res.Revision, res.Index = t.count.Revision, t.index
+		return res
+	}
+	if ahead := t.rights.window(); c.Seq-acked >= ahead {
+		return t.refuse(no(errs.Busy, "command %d is more than %d ahead of what is acknowledged, %d", c.Seq, ahead, acked))
+	}
+	t.meet(c, id, cl, known, acked)
+	t.carryOut(c, res)
+	t.audit(c, res)
 	t.settle()
 	res.Revision, res.Index = t.count.Revision, t.index
 	t.save(key, *res)
@@ -176,58 +220,109 @@ func (t *txn) refuse(r Refusal) *Result {
 	return &Result{Refusal: r, Revision: t.count.Revision, Index: t.index}
 }
 
-// meet notes that a client has spoken, and forgets the one that has not for
-// longest when they are too many.
-func (t *txn) meet(c *Command, cl client, known bool, acked uint64) {
-	id := c.Client
+// meet notes that a client has spoken. One that is new takes the place of the
+// one of its node that has not for longest, when that node has as many as it may.
+func (t *txn) meet(c *Command, id clientID, cl client, known bool, acked uint64) {
 	t.count.Index = t.index
 	if known {
-		t.delete(t.key(tagClientAt, cl.Last, id))
 		// Its results lie within a window; deleted unread, a scan would cost more
 		// than all the rest of a small command.
-		for seq := cl.Acked; seq < min(acked, cl.Acked+Window); seq++ {
-			t.delete(t.key(tagDone, id, seq))
+		for seq := cl.Acked; seq < min(acked, cl.Acked+t.rights.window()); seq++ {
+			t.delete(t.key(tagResult, uint64(id.node), id.number, seq))
 		}
-	} else if t.count.Clients++; t.count.Clients > MaxClients {
-		lo := t.key(tagClientAt)
-		t.scan(lo, after(lo), func(k, _ []byte) bool {
-			t.forget(number(k, 0), number(k, 1))
-			return false
-		})
+	} else {
+		t.makeRoom(id.node)
+		t.count.Clients++
 	}
 	cl = client{Acked: acked, Last: t.index, Top: max(cl.Top, c.Seq)}
-	t.save(t.key(tagClient, id), cl)
+	t.save(t.key(tagClient, uint64(id.node), id.number), cl)
 	remember(t.cache.clients, cachedOther, id, cl)
-	t.set(t.key(tagClientAt, t.index, id), nil)
 }
 
-func (t *txn) forget(last, id uint64) {
-	t.delete(t.key(tagClientAt, last, id))
-	t.delete(t.key(tagClient, id))
+// makeRoom forgets clients of a node until it may have one more; the longest
+// silent first. It finds them by looking at all of the node's: they are few, and
+// a new one comes with a daemon's start.
+func (t *txn) makeRoom(node ids.Node) {
+	t.dropOldClients()
+	for {
+		var n, oldest, last uint64
+		lo := t.key(tagClient, uint64(node))
+		t.scan(lo, after(lo), func(k, v []byte) bool {
+			var cl client
+			t.decode(k, v, &cl)
+			if n++; n == 1 || cl.Last < last {
+				oldest, last = number(k, 1), cl.Last
+			}
+			return true
+		})
+		if n < t.rights.clients() {
+			return
+		}
+		t.forget(clientID{node, oldest})
+	}
+}
+
+func (t *txn) forget(id clientID) {
+	t.delete(t.key(tagClient, uint64(id.node), id.number))
 	delete(t.cache.clients, id)
-	lo := t.key(tagDone, id)
+	lo := t.key(tagResult, uint64(id.node), id.number)
 	t.clear(lo, after(lo))
 	t.count.Clients--
 }
 
-// do carries out a command that was not done before, if who asks may, and tells
-// the audit.
-func (t *txn) do(c *Command, res *Result) {
-	if c.Init == nil && t.count.NextNode == 0 {
-		res.Refusal = no(errs.Unavailable, "the cluster is not founded yet")
+// forgetNode forgets all clients of a node that was put out.
+func (t *txn) forgetNode(node ids.Node) {
+	lo := t.key(tagClient, uint64(node))
+	t.scan(lo, after(lo), func(k, _ []byte) bool {
+		t.forget(clientID{node, number(k, 1)})
+		return true
+	})
+}
+
+// dropOldClients clears what was kept of clients when they belonged to nobody. A
+// daemon takes another number with each start, so none of them speaks again.
+func (t *txn) dropOldClients() {
+	old := false
+	lo := t.key(tagOldClientAt)
+	t.scan(lo, after(lo), func([]byte, []byte) bool { old = true; return false })
+	if !old {
 		return
 	}
-	t.now = c.time()
-	if c.Init == nil {
-		t.rights, res.Refusal = t.rightsOf(c.Who)
-		if !res.Refusal.refused() {
-			res.Refusal = t.may(c)
+	for _, tag := range []byte{tagOldClient, tagOldClientAt, tagOldResult} {
+		lo := t.key(tag)
+		if err := t.w.DeleteRange(lo, after(lo), nil); err != nil {
+			fail(errs.IO, lo, err)
 		}
 	}
-	if !res.Refusal.refused() {
-		t.carryOut(c, res)
+	t.count.Clients = 0
+}
+
+// admit finds out who asks and whether he may, and the time of the command.
+func (t *txn) admit(c *Command) (r Refusal) {
+	t.now = c.time()
+	if t.count.NextNode == 0 { // Init: who founds the cluster is asked for nothing
+		t.rights = Rights{stores: true}
+		t.setClock()
+		return done
 	}
-	t.audit(c, res)
+	t.rights, r = t.rightsOf(c.Who)
+	t.setClock()
+	if !r.refused() {
+		r = t.may(c)
+	}
+	return r
+}
+
+// setClock takes the time from a storing node as it says it, and keeps that of
+// others near it: what they say is for the audit only, which they must not be
+// able to put out of order.
+func (t *txn) setClock() {
+	switch {
+	case t.rights.stores && t.now > 0:
+		t.count.Time = t.now
+	case !t.rights.stores && t.count.Time != 0:
+		t.now = max(t.count.Time-MaxApart, min(t.now, t.count.Time+MaxApart))
+	}
 }
 
 func (t *txn) carryOut(c *Command, res *Result) {

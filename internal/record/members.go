@@ -158,6 +158,9 @@ func (t *txn) updateMember(c *UpdateMember) Refusal {
 	}
 	t.count.Revision++
 	t.save(t.key(tagMember, uint64(m.ID)), *m)
+	if m.State == Removed && m.ID != t.rights.who.Node { // it is not answered any more; who removes himself is, once
+		t.forgetNode(m.ID)
+	}
 	return done
 }
 

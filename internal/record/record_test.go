@@ -160,8 +160,8 @@ func content(t fataler, db pebble.Reader) string {
 	var c Counters
 	s := store{r: db, prefix: space.Key()}
 	s.load(s.key(tagCounters), &c)
-	c.Clients, c.Acts, c.Refusals, c.Index = 0, 0, 0, 0
-	return dump(t, db, "uvdac") + fmt.Sprint(c)
+	c.Clients, c.Acts, c.Refusals, c.Index, c.Time = 0, 0, 0, 0, 0
+	return dump(t, db, "orac") + fmt.Sprint(c)
 }
 
 func (r *replica) replay() {
@@ -441,17 +441,127 @@ func TestExactlyOnce(t *testing.T) {
 	if res := grant(5, 3+Window, 0); errs.Class(res.Refusal.Err) != errs.Busy {
 		t.Fatalf("%+v", res)
 	}
-	for c := range uint64(MaxClients) {
-		r.apply(Command{Client: 1000 + c, Seq: 1, DropToken: &TokenID{}})
+	r.replay()
+}
+
+// TestClientsAreTheirNodes: a number is that of the node that speaks. A client
+// node that has heard of another's is not shown its answers, cannot have its
+// commands taken for repeats, and takes up room of its own only.
+func TestClientsAreTheirNodes(t *testing.T) {
+	r := people(t)
+	defer r.close()
+	put := func(who string, client, seq uint64, key string) *Result {
+		return r.apply(Command{Who: everybody[who], Client: client, Seq: seq, Acked: seq - min(seq-1, 8), Put: &Put{Key: key}})
 	}
-	if i := r.info(); i.Clients != MaxClients {
-		t.Fatalf("%d clients", i.Clients)
+	secret := Command{Client: 77, Seq: 1, Who: principal.Of(1), Login: &Login{ID: LoginID{5}, Node: 2, Now: 1}}
+	answer := r.apply(secret)
+	if answer.User == nil {
+		t.Fatalf("%+v", answer)
 	}
-	state := dump(t, r.db, "")
-	if n := strings.Count(state, "u 75"); n != MaxClients || n != strings.Count(state, "v 76") || n != strings.Count(state, "d 64") {
-		t.Fatalf("%d clients", n)
+	for _, who := range []string{"client", "ana of client", "unproven ana", "root of removed", "nobody", "witness", "other store"} {
+		c := secret
+		c.Who = everybody[who]
+		if who == "nobody" {
+			if res := r.raw(wire.MustMarshal(c)); res.User != nil || errs.Class(res.Refusal.Err) != errs.Unauthorized {
+				t.Errorf("nobody got %+v", res)
+			}
+		} else if res := r.apply(c); res.User != nil || !res.Refusal.refused() {
+			t.Errorf("%s got %+v", who, res)
+		}
+	}
+	for seq := range uint64(20) { // whatever it says of the number
+		if res := put("ana of client", 77, seq+1, "user/1000/x"); res.Refusal.refused() {
+			t.Fatalf("%+v", res)
+		}
+	}
+	if again := r.apply(secret); !bytes.Equal(wire.MustMarshal(again), wire.MustMarshal(answer)) {
+		t.Fatalf("%+v, was %+v", again, answer)
+	}
+	if res := put("root of store", 77, 2, "settings/b"); res.Refusal.refused() || res.Mod != r.info().Revision {
+		t.Fatalf("taken for a repeat: %+v", res)
+	}
+
+	// Only so many of each node are kept, the longest silent go.
+	of := func(node ids.Node) (n, results int) {
+		for tag, count := range map[byte]*int{tagClient: &n, tagResult: &results} {
+			s := store{r: r.db, prefix: space.Key()}
+			lo := s.key(tag, uint64(node))
+			s.scan(lo, after(lo), func([]byte, []byte) bool { *count++; return true })
+		}
+		return n, results
+	}
+	n1, results1 := of(1)
+	for c := range uint64(3 * OtherClients) {
+		put("ana of client", 1000+c, 1, "user/1000/x")
+		put("boss of client", 77, 21+c, "user/1000/x") // this one is never silent
+	}
+	if n, results := of(2); n != OtherClients || results > OtherClients+8 {
+		t.Errorf("n2 has %d clients with %d results", n, results)
+	}
+	if n, results := of(1); n != n1 || results != results1 {
+		t.Errorf("n1 has %d clients with %d results, had %d with %d", n, results, n1, results1)
+	}
+	again := put("boss of client", 77, 20+3*OtherClients, "user/1000/x")
+	if last := r.log[len(r.log)-1]; !bytes.Equal(wire.MustMarshal(r.raw(last)), wire.MustMarshal(again)) || again.Index >= r.index-1 {
+		t.Errorf("the client that speaks was forgotten: %+v", again)
+	}
+	for c := range uint64(StoreClients + 5) {
+		put("other store", 2000+c, 1, "settings/c") // refused: the node itself is no administrator
+		put("root of other store", 3000+c, 1, "settings/c")
+	}
+	if n, _ := of(3); n != StoreClients {
+		t.Errorf("n3 has %d clients", n)
+	}
+	ahead := Command{Who: everybody["ana of client"], Client: 77, Seq: 500 + OtherWindow, Acked: 500, Put: &Put{Key: "user/1000/x"}}
+	if res := r.apply(ahead); errs.Class(res.Refusal.Err) != errs.Busy {
+		t.Errorf("%+v", res)
+	}
+	// Who may not is not met.
+	if n, _ := of(4); n != 0 {
+		t.Errorf("a removed node has %d clients", n)
+	}
+	if n, _ := of(5); n != 0 {
+		t.Errorf("a witness that was refused has %d clients", n)
+	}
+	total := 0
+	for n := range ids.Node(10) {
+		m, _ := of(n)
+		total += m
+	}
+	if i := r.info(); i.Clients != uint64(total) {
+		t.Errorf("%d clients counted, %d there", i.Clients, total)
+	}
+	r.must(Command{UpdateMember: &UpdateMember{Node: 2, State: Removed}})
+	if n, results := of(2); n+results != 0 {
+		t.Errorf("a node that was put out has %d clients with %d results", n, results)
 	}
 	r.replay()
+}
+
+// TestRefusalsOfPartsAreShort: a command of many refused parts does not make the
+// record keep as many sentences.
+func TestRefusalsOfPartsAreShort(t *testing.T) {
+	r := people(t)
+	defer r.close()
+	ps := make([]Put, MaxBatch)
+	for i := range ps {
+		ps[i].Key = fmt.Sprintf("user/2000/%s%d", strings.Repeat("x", 400), i)
+	}
+	ps[0].Key = "user/1000/mine"
+	res := r.must2(Command{Who: everybody["ana of client"], Batch: ps})
+	if b := wire.MustMarshal(res); len(b) > 16*MaxBatch {
+		t.Errorf("a result of %d bytes", len(b))
+	}
+	if k := res.Keys; k[0].Refusal.refused() || k[1].Refusal.Why == "" || k[2].Refusal != (Refusal{Err: uint8(errs.Permission)}) || k[MaxBatch-1].Refusal.Err == 0 {
+		t.Errorf("%+v", k[:3])
+	}
+	if err := res.Keys[2].Refusal.Error("put", "x"); !errs.Has(err, errs.Permission) || err.Error() != "put x: not permitted" {
+		t.Error(err)
+	}
+	js := make([]Job, MaxPut)
+	if res = r.must2(Command{PutJobs: js}); res.Jobs[0].Why == "" || res.Jobs[1] != (Refusal{Err: uint8(errs.Invalid)}) {
+		t.Errorf("%+v", res.Jobs[:2])
+	}
 }
 
 func TestChangesAreTold(t *testing.T) {

@@ -21,6 +21,28 @@ type Rights struct {
 // node, or a user of the record with Admin.
 func (r Rights) Admin() bool { return r.admin }
 
+// admits reports whether the principal may say who belongs to the cluster and who
+// he is there: an administrator on a storing node. On any other his credential is
+// in the hands of that node's root, who must not become more by it, nor for longer
+// than it lasts.
+func (r Rights) admits() bool { return r.admin && r.stores }
+
+// clients and window are how many clients the principal's node may have in the
+// record, and how many unacknowledged results each.
+func (r Rights) clients() uint64 {
+	if r.stores {
+		return StoreClients
+	}
+	return OtherClients
+}
+
+func (r Rights) window() uint64 {
+	if r.stores {
+		return Window
+	}
+	return OtherWindow
+}
+
 // rights finds out what who may do. Refused with class Unauthorized is who is
 // nobody: no member's, a user of a node that may not vouch and not of the
 // record, or a disabled one.
@@ -59,19 +81,15 @@ func (t *txn) may(c *Command) Refusal {
 	ok, need := true, ""
 	switch {
 	case c.AddToken != nil, c.DropToken != nil, c.PutUser != nil, c.DropUser != "":
-		ok, need = r.admin, "an administrator"
+		ok, need = r.admits(), "an administrator on a storing node"
 	case c.AddLogin != nil: // not from a client node: a credential must not prolong itself
 		u := t.user(c.AddLogin.User)
 		self := u != nil && r.stores && !r.who.System && u.UID == r.who.UID
-		ok, need = r.admin || self, "an administrator, or the user on a storing node"
-	case c.AddMember != nil, c.Note != nil:
-		ok, need = r.who.System && r.stores, "a storing node"
+		ok, need = r.admits() || self, "an administrator, or the user, on a storing node"
+	case c.Init != nil, c.AddMember != nil, c.Login != nil, c.Note != nil, c.GrantJobs != 0, len(c.PutJobs) > 0:
+		ok, need = r.who.System && r.stores || c.Init != nil && r.admits(), "a storing node"
 	case c.UpdateMember != nil:
-		ok, need = t.mayUpdate(c.UpdateMember), "an administrator"
-	case c.GrantJobs != 0, len(c.PutJobs) > 0:
-		ok, need = r.who.System && !r.votes, "a node that runs jobs"
-	case c.Login != nil:
-		ok, need = r.who.System && (r.stores || r.who.Node == c.Login.Node), "a storing node, or the node of the login"
+		ok, need = t.mayUpdate(c.UpdateMember), "an administrator on a storing node"
 	}
 	if !ok {
 		return no(errs.Permission, "%v may not: it takes %s", r.who, need)
@@ -84,7 +102,7 @@ func (t *txn) may(c *Command) Refusal {
 func (t *txn) mayUpdate(c *UpdateMember) bool {
 	r := t.rights
 	switch {
-	case r.admin:
+	case r.admits():
 		return true
 	case !r.who.System || c.State == Removed || c.Labels != nil:
 		return false
@@ -97,15 +115,11 @@ func (t *txn) mayUpdate(c *UpdateMember) bool {
 	return m != nil && m.State == Leaving
 }
 
-// mayPutJob: a job's home and the node that runs it speak about it; storing
-// nodes say that it is lost.
-func (t *txn) mayPutJob(j, was *Job, known bool) Refusal {
+// mayPutJob: of the storing nodes, a job's home and the one that runs it speak
+// about it; all say that it is lost.
+func (t *txn) mayPutJob(j *Job, known bool) Refusal {
 	me := t.rights.who.Node
-	mine := j.Home == me || j.Node == me
-	if known && !t.rights.stores { // not to be taken over by saying so
-		mine = mine && j.Home == was.Home && (was.Home == me || was.Node == me)
-	}
-	if !mine && !(t.rights.stores && known && j.State == JobLost) {
+	if j.Home != me && j.Node != me && !(known && j.State == JobLost) {
 		return no(errs.Permission, "job %d is not %v's to speak about", j.ID, me)
 	}
 	return done
@@ -156,8 +170,22 @@ func (r Rights) MaySee(e Event) bool {
 		return r.MayRead(e.Key)
 	case KindToken, KindLogin:
 		return r.admin || r.who.System && r.stores
+	case KindUser:
+		return r.MayList() || !r.who.System && e.Key == r.who.User
+	case KindJob, KindGrant:
+		return r.admin || r.stores
 	}
 	return true
+}
+
+// MayList reports whether the principal may know all users: administrators and
+// whoever is on a storing node may, as all may read /etc/passwd there.
+func (r Rights) MayList() bool { return r.admin || r.stores }
+
+// MaySeeUser reports whether the principal may know of the user: who may not list
+// them knows himself.
+func (r Rights) MaySeeUser(u *User) bool {
+	return r.MayList() || !r.who.System && u.UID == r.who.UID
 }
 
 // Rights finds out what a principal may do. Errors of class Unauthorized mean

@@ -18,9 +18,8 @@ const (
 	tagToken    = 't'
 	tagJob      = 'j'
 	tagFinished = 'f'
-	tagClient   = 'u'
-	tagClientAt = 'v'
-	tagDone     = 'd'
+	tagClient   = 'o'
+	tagResult   = 'r'
 	tagKey      = 'k'
 	tagUsage    = 'q'
 	tagUser     = 'p'
@@ -28,6 +27,11 @@ const (
 	tagLogin    = 'l'
 	tagHistory  = 'h'
 	tagAudit    = 'a'
+
+	// Of before clients belonged to nodes; read by nobody, and cleared.
+	tagOldClient   = 'u'
+	tagOldClientAt = 'v'
+	tagOldResult   = 'd'
 )
 
 // fault is what a store panics with when the state cannot be read, decoded or

@@ -10,8 +10,10 @@ import (
 const (
 	MaxFinished   = 1000      // finished jobs kept: a day of a busy person, a second of a busy queue
 	MaxUnfinished = 100_000   // jobs that run or might; more are refused
-	MaxClients    = 4096      // clients whose commands are exactly-once; the longest silent one is forgotten
-	Window        = 4096      // how far a client's Seq may run ahead of what it acknowledged
+	StoreClients  = 64        // clients of a storing node whose commands are exactly-once; its longest silent one is forgotten
+	OtherClients  = 8         // the same of any other node
+	Window        = 4096      // how far a storing node's client's Seq may run ahead of what it acknowledged
+	OtherWindow   = 256       // the same of any other node's
 	MaxText       = 255       // bytes of a host name, an address, a label
 	MaxLabels     = 64        // labels of a member
 	MaxTokens     = 1024      // tokens at a time; a used-up one goes first, then the one that ends soonest
@@ -23,6 +25,11 @@ const (
 	MaxGrant      = 1 << 20   // job ids in one grant
 
 	MaxCommand = group.MaxCommand // bytes of an encoded command
+
+	// MaxApart is how far the time of a command of a node that does not store may
+	// be from the last that a storing node has said, ns. In so long a time one has
+	// said something: nobody's login lasts longer.
+	MaxApart = int64(principal.Renewal)
 )
 
 // Role says what a member does for the cluster.
@@ -95,7 +102,8 @@ type Counters struct {
 	Acts       uint64   `cbor:"7,keyasint,omitempty"` // audited, ever
 	Refusals   uint64   `cbor:"8,keyasint,omitempty"` // audited, ever
 	Users      uint64   `cbor:"9,keyasint,omitempty"`
-	Index      uint64   `cbor:"10,keyasint"` // log index of the last command that wrote anything
+	Index      uint64   `cbor:"10,keyasint"`           // log index of the last command that wrote anything
+	Time       int64    `cbor:"11,keyasint,omitempty"` // cluster time of the last command of a storing node, ns
 }
 
 // Member is a machine of the cluster.
@@ -166,7 +174,7 @@ type Job struct {
 }
 
 // Command is one entry of the record's log: one thing asked for, from Init on,
-// done exactly once by (Client, Seq). A repeated one gets the first one's result.
+// done exactly once by (Who.Node, Client, Seq). A repeated one gets the first one's result.
 // Results of sequence numbers below Acked are forgotten. Who asks was proven at
 // the door of the node that proposes it; Init and Barrier need nobody.
 type Command struct {
@@ -243,7 +251,7 @@ type Result struct {
 	Refusal  Refusal   `cbor:"1,keyasint"`
 	Node     ids.Node  `cbor:"2,keyasint,omitempty"` // AddMember, Init
 	FirstJob ids.Job   `cbor:"3,keyasint,omitempty"` // GrantJobs: the first of as many as asked for
-	Jobs     []Refusal `cbor:"4,keyasint,omitempty"` // PutJobs: one for each
+	Jobs     []Refusal `cbor:"4,keyasint,omitempty"` // PutJobs: one for each; only the first that refuses says why
 	Revision uint64    `cbor:"5,keyasint,omitempty"` // of the record, after the command
 	Index    uint64    `cbor:"6,keyasint,omitempty"` // log index at which it was applied
 
