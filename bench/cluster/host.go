@@ -274,7 +274,7 @@ func (h *host) batch(q question) (result, error) {
 		return r.Refusal.Error("record", "")
 	}
 	err := do(context.Background(), record.Command{Client: h.me, Seq: h.turn.Add(1), Who: principal.Of(1), Init: &record.Init{ClusterID: [16]byte{1}, Name: "bench",
-		CACert: []byte("none"), VolumeKey: [32]byte{1}, Hostname: "n1", Addr: h.addrs[0], Key: record.KeyHash{1}, Now: time.Now().UnixNano()}})
+		CACert: []byte("none"), Hostname: "n1", Addr: h.addrs[0], Key: record.KeyHash{1}, Now: time.Now().UnixNano()}})
 	if err != nil && !errs.Has(err, errs.Exists) {
 		return result{}, err
 	}

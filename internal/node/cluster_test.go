@@ -3,6 +3,8 @@ package node
 import (
 	"bytes"
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -226,6 +228,27 @@ func TestClientNode(t *testing.T) {
 	settled(t, c, 2)
 }
 
+// holding returns a file below dir that has the bytes in it.
+func holding(dir string, secret []byte) (found string, err error) {
+	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !e.Type().IsRegular() {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) { // databases take away what they do not need
+			return nil
+		}
+		if bytes.Contains(b, secret) {
+			found = path
+		}
+		return err
+	})
+	return found, err
+}
+
 // Two nodes and a witness: it votes, holds logs and no keys, and lets either of
 // the two die; a third storing node takes its seat.
 func TestWitness(t *testing.T) {
@@ -245,6 +268,15 @@ func TestWitness(t *testing.T) {
 	for _, f := range []string{fileCAKey, fileVolume, "blocks"} {
 		if _, err := os.Lstat(wcfg.path(f)); !os.IsNotExist(err) {
 			t.Errorf("a witness has %s (%v)", f, err)
+		}
+	}
+	// Nor is the volume's key in what the groups write, of which the witness has a part.
+	if n1.volumeKey != n2.volumeKey {
+		t.Error("two nodes that store have two keys for one volume")
+	}
+	for _, n := range []*Node{n1, n2, w} {
+		if file, err := holding(n.cfg.path(dirGroups), n1.volumeKey[:]); err != nil || file != "" {
+			t.Errorf("%v has the volume's key in %q (%v)", n.id, file, err)
 		}
 	}
 	if got := n1.storing(); !slices.Equal(got, []ids.Node{1, 2}) {

@@ -246,7 +246,7 @@ func (n *Node) finishFounding(ctx context.Context) error {
 	if err != nil || len(id) != 16 {
 		return errs.E(errs.Corrupt, "found", n.cfg.path(fileNode), "cluster id %q", n.disk.Cluster)
 	}
-	init := record.Init{Name: "unum", CACert: n.holder.Trust().CertPEM(), VolumeKey: n.volumeKey,
+	init := record.Init{Name: "unum", CACert: n.holder.Trust().CertPEM(),
 		Hostname: n.cfg.Hostname, Addr: n.disk.Addr, Key: sha256.Sum256(pub), Now: n.cfg.Clock.Wall().UnixNano()}
 	copy(init.ClusterID[:], id)
 	if _, err := n.record.do(ctx, record.Command{Init: &init}); err != nil && !errs.Has(err, errs.Exists) {
@@ -304,8 +304,7 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 		cert, err := n.renewal(q.Renew, q.CSR)
 		return &joinReply{Node: q.Renew, Cert: cert}, err
 	}
-	info, err := n.record.info(ctx)
-	if err != nil {
+	if _, err := n.record.info(ctx); err != nil { // this replica knows the newest tokens, then
 		return nil, err
 	}
 	token, key := record.TokenID(identity.SecretID(q.Secret)), record.KeyHash(sha256.Sum256(pub))
@@ -342,7 +341,7 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 		}
 	}
 	if reply.Role == record.RoleStore {
-		reply.VolumeKey = info.VolumeKey[:]
+		reply.VolumeKey = n.volumeKey[:]
 	}
 	reply.Cert, err = ca.Sign(q.CSR, r.Node, identity.Role(reply.Role.String()), n.cfg.Clock.Wall())
 	return reply, err

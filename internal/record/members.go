@@ -19,7 +19,7 @@ func (t *txn) init(c *Init) (ids.Node, Refusal) {
 	}
 	t.save(t.key(tagInfo), Info{
 		ClusterID: c.ClusterID, Name: c.Name, Created: c.Now,
-		CACert: c.CACert, VolumeKey: c.VolumeKey,
+		CACert: c.CACert,
 	})
 	t.count.NextNode, t.count.NextJob = 1, 1
 	return t.join(Member{

@@ -66,7 +66,7 @@ func newReplica(t fataler) *replica { return &replica{t: t, db: openDB(t)} }
 func founded(t fataler) *replica {
 	r := newReplica(t)
 	r.must(Command{Init: &Init{ClusterID: [16]byte{1}, Name: "home", CACert: []byte("cert"),
-		VolumeKey: [32]byte{2}, Hostname: "alpha", Addr: "alpha:7400", Key: KeyHash{1}, Now: 100}})
+		Hostname: "alpha", Addr: "alpha:7400", Key: KeyHash{1}, Now: 100}})
 	return r
 }
 

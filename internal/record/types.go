@@ -79,13 +79,13 @@ type TokenID [32]byte
 // KeyHash is the SHA-256 of a node's public key, the 32 bytes of Ed25519.
 type KeyHash [32]byte
 
-// Info is the cluster's identity. VolumeKey is a secret of the storing nodes. The
-// authority's private key is not in the record: the voters keep it in files.
+// Info is the cluster's identity. There is no secret in it: the log is written by
+// witnesses, too. The authority's private key and the volumes' keys are in files
+// of the nodes that need them. Number 5, here and in Init, was the volume's key.
 type Info struct {
 	ClusterID [16]byte `cbor:"1,keyasint"`
 	Name      string   `cbor:"2,keyasint"`
 	CACert    []byte   `cbor:"3,keyasint"` // PEM
-	VolumeKey [32]byte `cbor:"5,keyasint"` // of the root volume: names its blocks
 	Created   int64    `cbor:"6,keyasint"` // cluster time, ns
 
 	Counters `cbor:"-"` // kept apart: they change all the time
@@ -209,7 +209,6 @@ type Init struct {
 	ClusterID [16]byte          `cbor:"1,keyasint"`
 	Name      string            `cbor:"2,keyasint"`
 	CACert    []byte            `cbor:"3,keyasint"`
-	VolumeKey [32]byte          `cbor:"5,keyasint"`
 	Hostname  string            `cbor:"6,keyasint"`
 	Addr      string            `cbor:"7,keyasint"`
 	Labels    map[string]string `cbor:"8,keyasint,omitempty"`
