@@ -56,6 +56,26 @@ func TestClientRoot(t *testing.T) {
 	}
 	ana := c.logins.of(5000)
 	who, proof := ana.cred.Principal(), ana.proof
+	must(record.Command{PutUser: &record.User{Name: "ops", UID: 900, GID: 900, Admin: true}})
+	if _, err := c.login(ctx, 5001, invite("ops")); err != nil {
+		t.Fatal(err)
+	}
+	ops := c.logins.of(5001).cred.Principal()
+	admin := func(cmd record.Command) func() error {
+		return func() error {
+			cmd.Who = ops
+			_, err := c.record.doAs(ctx, cmd, c.logins.of(5001).proof)
+			return err
+		}
+	}
+	itself := func(cmd record.Command) func() error {
+		return func() error {
+			_, err := c.record.do(ctx, cmd)
+			return err
+		}
+	}
+	spare := principal.NewInvite()
+	must(record.Command{AddLogin: &record.LoginToken{ID: spare.ID(), User: "ben", Expires: n1.cfg.Clock.Wall().Add(time.Hour).UnixNano()}})
 
 	// What ana may.
 	put := func(n *Node, who principal.Principal, proof principal.Proof, key string) error {
@@ -71,6 +91,26 @@ func TestClientRoot(t *testing.T) {
 	}
 	if err := get(c, who, proof, "user/1001/mine"); err != nil {
 		t.Fatal(err)
+	}
+
+	// Whoever is on this node knows himself, an administrator all.
+	for n, w := range map[int]principal.Principal{1: who, 3: ops} {
+		r, err := c.read(ctx, readRequest{Who: w, Users: true}, map[int]principal.Proof{1: proof, 3: c.logins.of(5001).proof}[n])
+		if err != nil || len(r.Users) != n || n == 1 && r.Users[0].Name != "ana" {
+			t.Errorf("%v knows the users %+v, %v", w, r, err)
+		}
+	}
+	if err := admin(record.Command{Put: &record.Put{Key: "settings/motd", Value: []byte("x")}})(); err != nil {
+		t.Error(err)
+	}
+	// Another node's client number is nothing here.
+	stolen := record.Command{Client: n1.record.client, Seq: 1, Acked: 1, Who: principal.Of(c.id), UpdateMember: &record.UpdateMember{Node: c.id, Hostname: "c"}}
+	for range 3 {
+		var res record.Result
+		if _, err := c.ep.Call(ctx, n1.id, methodForward, rawItem(wire.MustMarshal(stolen)), nil, &res); err != nil || res.Refusal.Err != 0 || res.Node != 0 {
+			t.Errorf("%+v, %v", res, err)
+		}
+		stolen.Seq++
 	}
 
 	// What she and the node's root may not. Each is refused, and in the audit.
@@ -120,6 +160,18 @@ func TestClientRoot(t *testing.T) {
 		{"propose past the door", principal.Of(c.id), func() error {
 			return raw(methodPropose, rawItem(wire.MustMarshal(record.Command{Client: 1, Seq: 1, Who: root, DropUser: "ben"})), nil)
 		}},
+		{"list the users", principal.Of(c.id), func() error {
+			_, err := c.read(ctx, readRequest{Who: principal.Of(c.id), Users: true}, nil)
+			return err
+		}},
+		{"spend ben's invitation past its door", principal.Of(c.id), itself(record.Command{Login: &record.Login{ID: spare.ID(), Node: c.id, Now: 1}})},
+		{"take job ids", principal.Of(c.id), itself(record.Command{GrantJobs: 1})},
+		{"write a job's record", principal.Of(c.id), itself(record.Command{PutJobs: []record.Job{{ID: 1, Home: c.id, State: record.JobRunning}}})},
+		{"found another cluster in this one", principal.Of(c.id), itself(record.Command{Init: &record.Init{Name: "mine"}})},
+		{"an administrator's token for a storing node", ops, admin(record.Command{AddToken: &record.Token{ID: record.TokenID{9}, Uses: 1, Role: record.RoleStore}})},
+		{"an administrator's invitation for ben", ops, admin(record.Command{AddLogin: &record.LoginToken{ID: record.LoginID{9}, User: "ben", Expires: 1 << 62}})},
+		{"an administrator's new user", ops, admin(record.Command{PutUser: &record.User{Name: "eve", UID: 9, Admin: true}})},
+		{"an administrator puts n1 out", ops, admin(record.Command{UpdateMember: &record.UpdateMember{Node: n1.id, State: record.Removed}})},
 		{"the authority's key", principal.Of(c.id), func() error { return raw(methodAuthority, nil, nil) }},
 		{"a session with the files", principal.Of(c.id), func() error { return raw("vice.open", nil, nil) }},
 		{"blocks", principal.Of(c.id), func() error { return raw("block.get", nil, nil) }},

@@ -3,8 +3,6 @@ package node
 import (
 	"context"
 	"slices"
-	"sync"
-	"time"
 
 	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
@@ -26,53 +24,6 @@ func permit(role identity.Role, what string) bool {
 	return role == identity.RoleStore || slices.Contains(open[role], what)
 }
 
-// refusals bounds what this node tells the audit of: whoever knocks all the time
-// must not fill the log of the record.
-type refusals struct {
-	mu     sync.Mutex
-	left   int
-	filled time.Time
-}
-
-const (
-	refusalsAtOnce = 50 // told in a row
-	refusalsPer    = 5  // and then so many a second
-)
-
-// take reports whether one more may be told.
-func (r *refusals) take(now time.Time) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.filled.IsZero() {
-		r.left, r.filled = refusalsAtOnce, now
-	}
-	if n := int(now.Sub(r.filled).Seconds() * refusalsPer); n > 0 {
-		r.left, r.filled = min(refusalsAtOnce, r.left+n), now
-	}
-	if r.left == 0 {
-		return false
-	}
-	r.left--
-	return true
-}
-
-// refused tells the audit that this node has refused something at its door, and
-// returns why.
-func (n *Node) refused(ctx context.Context, about principal.Principal, what string, from ids.Node, why error) error {
-	if !n.knocks.take(time.Now()) {
-		n.cfg.Log.Warn("refused, and not told to the audit: there are too many", "what", what, "from", from.String(), "err", why)
-		return why
-	}
-	about.User = cut(about.User, record.MaxText)
-	note := &record.Note{About: about, What: what, On: from.String(), Err: uint8(errs.ClassOf(why)), Why: cut(firstLine(why), record.MaxText)}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer cancel()
-	if _, err := n.record.do(ctx, record.Command{Note: note}); err != nil {
-		n.cfg.Log.Warn("a refusal is not in the audit", "what", what, "from", from.String(), "err", err)
-	}
-	return why
-}
-
 // permitted is the endpoint's question; what is refused goes into the audit.
 func (n *Node) permitted(p identity.Peer, what string) bool {
 	if permit(p.Role, what) {
@@ -86,21 +37,23 @@ func (n *Node) permitted(p identity.Peer, what string) bool {
 }
 
 // believe checks who asks, as the node from says it, and proves it if it has to.
-func (n *Node) believe(ctx context.Context, from ids.Node, who principal.Principal, proof []byte, what string) error {
+// It reports whether that node stores.
+func (n *Node) believe(ctx context.Context, from ids.Node, who principal.Principal, proof []byte, what string) (stores bool, err error) {
 	m, err := n.record.view().Member(from)
 	if errs.Has(err, errs.NotFound) { // this replica may be behind
-		return errs.E(errs.Unavailable, what, from.String(), "it is not known here yet")
+		return false, errs.E(errs.Unavailable, what, from.String(), "it is not known here yet")
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	if !m.State.Belongs() {
-		return n.refused(ctx, who, what, from, errs.E(errs.Unauthorized, what, from.String(), "it is no member any more"))
+		return false, n.refused(ctx, who, what, from, errs.E(errs.Unauthorized, what, from.String(), "it is no member any more"))
 	}
-	if err := principal.Believe(from, m.Role == record.RoleStore, who, proof, n.holder.Trust(), n.cfg.Clock.Wall()); err != nil {
-		return n.refused(ctx, who, what, from, err)
+	stores = m.Role == record.RoleStore
+	if err := principal.Believe(from, stores, who, proof, n.holder.Trust(), n.cfg.Clock.Wall()); err != nil {
+		return stores, n.refused(ctx, who, what, from, err)
 	}
-	return nil
+	return stores, nil
 }
 
 // caller is the principal for which this node vouches when a local process asks.

@@ -224,8 +224,13 @@ func (n *Node) serveLogin(ctx context.Context, from ids.Node, req, _ []byte) (an
 	if err != nil {
 		return nil, nil, err
 	}
+	settle, err := n.knocks.propose(from, len(req), time.Now())
+	if err != nil {
+		return nil, nil, err
+	}
 	now := n.cfg.Clock.Wall()
 	res, err := n.record.do(ctx, record.Command{Login: &record.Login{ID: q.Secret.ID(), Node: from, Now: now.UnixNano()}})
+	settle(res != nil && res.Denied() || err != nil && ctx.Err() != nil)
 	if err != nil {
 		return nil, nil, err // it is in the audit already
 	}

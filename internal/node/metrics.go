@@ -43,6 +43,10 @@ func (n *Node) collectors() []prometheus.Collector {
 		// Here, and not in package control: the light face imports that.
 		metric.Gauge("unum_control_connections", "Connections on the daemon's socket; each command that runs is one.", func() float64 { return float64(n.ctl.Connections()) }),
 		metric.Gauge("unum_node_reserve_bytes", "Bytes kept on the disk for the groups' logs.", func() float64 { have, _ := n.ballast.left(); return float64(have) }),
+		metric.Counters("unum_node_knocks_dropped_total", "What other nodes asked for at this one's door beyond what is borne, by what was dropped: refusals not told to the audit one by one, proposals turned away.", "what", func(yield func(string, float64)) {
+			yield("refusal", float64(n.knocks.refusals.Load()))
+			yield("proposal", float64(n.knocks.proposals.Load()))
+		}),
 		metric.Gauge("unum_node_clock_apart_seconds", "The largest difference between this node's clock and another's, of late.", func() float64 {
 			most := 0.0
 			for _, by := range n.clocks.ahead() {

@@ -94,7 +94,7 @@ type Node struct {
 	stir      chan struct{}                              // holds one: the steward should look
 	rung      bell                                       // the record has changed
 	entrusted atomic.Int64                               // when it was given the authority's key, Unix ns
-	knocks    refusals                                   // told to the audit of late
+	knocks    knocks                                     // on the door, of late
 	logins    logins                                     // of a client node's users
 	heard     atomic.Pointer[[]ids.Node]                 // who is alive, as a client node was told
 	turn      atomic.Uint64

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -114,7 +115,7 @@ func (n *Node) serveRead(ctx context.Context, from ids.Node, req, proof []byte) 
 	if err := wire.Unmarshal(req, &q); err != nil {
 		return nil, nil, err
 	}
-	if err := n.believe(ctx, from, q.Who, proof, "read"); err != nil {
+	if _, err := n.believe(ctx, from, q.Who, proof, "read"); err != nil {
 		return nil, nil, err
 	}
 	r, err := n.readHere(ctx, &q)
@@ -187,9 +188,13 @@ func (n *Node) readHere(ctx context.Context, q *readRequest) (_ *readReply, err 
 		}
 		r.More = more
 	case q.Users:
+		if err := may("the users", !q.Who.System || rights.MayList()); err != nil {
+			return nil, err
+		}
 		if r.Users, err = v.Users(); err != nil {
 			return nil, err
 		}
+		r.Users = slices.DeleteFunc(r.Users, func(u record.User) bool { return !rights.MaySeeUser(&u) })
 	case q.Audit != nil:
 		if err := may("the audit", rights.Admin()); err != nil {
 			return nil, err

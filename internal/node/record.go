@@ -31,7 +31,9 @@ type recordClient struct {
 	log    *slog.Logger
 	clock  clock.Clock
 
-	believe func(ctx context.Context, from ids.Node, who principal.Principal, proof []byte, what string) error
+	// For what other nodes propose through this one.
+	believe func(ctx context.Context, from ids.Node, who principal.Principal, proof []byte, what string) (stores bool, err error)
+	knocks  *knocks
 
 	mu     sync.Mutex
 	client uint64
@@ -49,37 +51,52 @@ func newRecordClient(n *Node) *recordClient {
 	if n.disk.Role != record.RoleStore {
 		return r
 	}
-	r.believe = n.believe
-	r.ep.Handle(methodPropose, func(ctx context.Context, from ids.Node, req, proof []byte) (any, []byte, error) {
-		if err := r.checked(ctx, from, req, proof); err != nil {
-			return nil, nil, err
-		}
-		res, err := r.local(ctx, req)
-		return res, nil, err
-	})
-	r.ep.Handle(methodForward, func(ctx context.Context, from ids.Node, req, proof []byte) (any, []byte, error) {
-		if err := r.checked(ctx, from, req, proof); err != nil {
-			return nil, nil, err
-		}
-		res, err := r.local(ctx, req)
-		var no *group.NotLeaderError
-		if errors.As(err, &no) && no.Leader != 0 {
-			res = &record.Result{}
-			_, err = r.ep.Call(ctx, no.Leader, methodPropose, rawItem(req), nil, res)
-		}
-		return res, nil, err
-	})
+	r.believe, r.knocks = n.believe, &n.knocks
+	r.ep.Handle(methodPropose, r.door(r.local))
+	r.ep.Handle(methodForward, r.door(r.forward))
 	return r
 }
 
-// checked is the door of the record: what another node proposes must come from
-// who it says.
-func (r *recordClient) checked(ctx context.Context, from ids.Node, cmd, proof []byte) error {
-	c, err := record.DecodeCommand(cmd)
-	if err != nil || c.Barrier {
-		return err
+// door is the door of the record: what another node proposes must come from who
+// it says, and not be too much. A storing node has looked at it already, or it is
+// its own. What others send gets this node's time, for it is for the audit.
+func (r *recordClient) door(propose func(context.Context, []byte) (*record.Result, error)) func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
+	return func(ctx context.Context, from ids.Node, req, proof []byte) (any, []byte, error) {
+		c, err := record.DecodeCommand(req)
+		if err != nil {
+			return nil, nil, err
+		}
+		stores, err := r.believe(ctx, from, c.Who, proof, "propose")
+		if err != nil {
+			return nil, nil, err
+		}
+		settle := func(bool) {}
+		if !stores {
+			if settle, err = r.knocks.propose(from, len(req), time.Now()); err != nil {
+				return nil, nil, err
+			}
+			c.Now = r.clock.Wall().UnixNano()
+			if req, err = wire.Marshal(c); err != nil {
+				settle(false)
+				return nil, nil, err
+			}
+		}
+		res, err := propose(ctx, req)
+		// One that was given up may be refused yet.
+		settle(res != nil && res.Denied() || err != nil && ctx.Err() != nil)
+		return res, nil, err
 	}
-	return r.believe(ctx, from, c.Who, proof, "propose")
+}
+
+// forward proposes on this node, or through the one that leads.
+func (r *recordClient) forward(ctx context.Context, cmd []byte) (*record.Result, error) {
+	res, err := r.local(ctx, cmd)
+	var no *group.NotLeaderError
+	if errors.As(err, &no) && no.Leader != 0 {
+		res = &record.Result{}
+		_, err = r.ep.Call(ctx, no.Leader, methodPropose, rawItem(cmd), nil, res)
+	}
+	return res, err
 }
 
 // local proposes on this node, which must lead.

@@ -78,6 +78,7 @@ func (s *steward) look(ctx context.Context) bool {
 	s.renew(ctx)
 	n.renewLogins(ctx)
 	n.noteMove(ctx)
+	n.tellUntold(ctx, time.Now())
 	n.guard(ctx, &s.keys)
 	members := n.current()
 	for _, m := range members {
