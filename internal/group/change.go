@@ -49,7 +49,10 @@ func (c conf) voters() []ids.Node {
 	return nodes(slices.Concat(c.Voters, c.VotersOutgoing))
 }
 
-func (c conf) voter(n ids.Node) bool   { return slices.Contains(c.voters(), n) }
+func (c conf) voter(n ids.Node) bool {
+	return slices.Contains(c.Voters, uint64(n)) || slices.Contains(c.VotersOutgoing, uint64(n))
+}
+
 func (c conf) learner(n ids.Node) bool { return slices.Contains(c.Learners, uint64(n)) }
 
 // pendingError says that another change of the configuration is under way.
@@ -91,6 +94,7 @@ func (w *worker) applyChange(g *Group, e *pb.Entry) (*pb.ConfState, error) {
 		return nil, errs.E(errs.Corrupt, "apply", fmt.Sprintf("entry %d of group %d", e.GetIndex(), g.id), "%v", err)
 	}
 	g.conf, g.confAt = g.rn.ApplyConfChange(cc), e.GetIndex()
+	g.proof = g.log.last + 1
 	g.publish() // before the answer: who asked looks at the status
 	g.resolve(entryID(e), outcome{index: e.GetIndex()})
 	w.h.log.Info("group's replicas changed", "group", uint64(g.id), "voters", g.conf.Voters,
@@ -98,9 +102,34 @@ func (w *worker) applyChange(g *Group, e *pb.Entry) (*pb.ConfState, error) {
 	return g.conf, nil
 }
 
+// out reports whether this node leads without a vote: a change that took its seat
+// was committed. It then leads only to hand over.
+func (g *Group) out() bool {
+	return g.leading && !(conf{g.conf}).voter(g.h.cfg.Self)
+}
+
+// proven reports whether, as far as this node can tell, a majority of the voters
+// know the configuration in force as committed, on their disks: then whoever lost
+// its seat may go for good, for any majority of the voters can elect one of them
+// without it. What a leader appends after it knows of the commit tells of the
+// commit, so who has such an entry knows; when one is committed a majority does.
+func (g *Group) proven() bool {
+	if !g.leading || g.h.cfg.Hooks.plants(Unproven) {
+		return len(g.conf.VotersOutgoing) == 0
+	}
+	return len(g.conf.VotersOutgoing) == 0 && g.ready && !g.out() && g.rn.BasicStatus().GetCommit() >= g.proof
+}
+
+// prove appends the entry that proves the configuration, if there is none yet.
+func (w *worker) prove(g *Group) {
+	if g.leading && g.log.last < g.proof && !g.out() && len(g.conf.VotersOutgoing) == 0 {
+		_ = g.rn.Propose(nil) // refused while the leadership moves: the next tick asks again
+	}
+}
+
 // reconfigure proposes what want makes of the configuration in force, again
-// while another change is under way, and returns when it is applied here and no
-// joint configuration is left.
+// while another change is under way, and returns when it is applied here and a
+// majority of the voters know it, or this node leads no more.
 func (g *Group) reconfigure(ctx context.Context, op string, want plan) error {
 	for {
 		p := &proposal{id: g.h.newID(), ctx: ctx, change: want, done: make(chan outcome, 1)}
@@ -168,8 +197,7 @@ func (g *Group) Promote(ctx context.Context, list ...ids.Node) error {
 // Reseat changes who votes, all at once (joint consensus): learners become
 // voters, voters become learners, and voters or learners lose their replicas.
 // Errors: Invalid if one to be promoted is no learner, or no voter that is no
-// witness would be left, or the leader would lose its seat and half of the voters
-// or more with it, Busy if one has not caught up; else as AddLearner.
+// witness would be left, Busy if one has not caught up; else as AddLearner.
 func (g *Group) Reseat(ctx context.Context, add, demote, drop []ids.Node) error {
 	op := fmt.Sprint("promote ", add, ", demote ", demote, ", remove ", drop)
 	return g.reconfigure(ctx, op, g.reseat(add, demote, drop))
@@ -198,9 +226,6 @@ func (g *Group) reseat(add, demote, drop []ids.Node) plan {
 		}
 		cc := change(pb.ConfChangeAddNode, todo...)
 		left := len(g.full(c.voters())) + len(g.full(todo)) // a vote without a state is nothing
-		if err := g.mayGo(c, slices.Concat(demote, drop)...); err != nil {
-			return nil, err
-		}
 		for _, n := range demote {
 			if c.voter(n) {
 				cc.Changes = append(cc.Changes, change(pb.ConfChangeAddLearnerNode, n).Changes...)
@@ -226,9 +251,9 @@ func (g *Group) reseat(add, demote, drop []ids.Node) plan {
 }
 
 // Remove takes n out of the group, voter or learner. The leader may remove
-// itself from three or more: it then stops leading. Errors: Invalid for
-// the last voter that is no witness and where the leader may not; else as
-// AddLearner.
+// itself: it then hands over. n may go for good when a leader's Status shows it
+// no more and is not Joint. Errors: Invalid for the last voter that is no
+// witness; else as AddLearner.
 func (g *Group) Remove(ctx context.Context, n ids.Node) error {
 	return g.reconfigure(ctx, "remove "+n.String(), g.remove(n))
 }
@@ -242,26 +267,8 @@ func (g *Group) remove(n ids.Node) plan {
 		case !c.voter(n) && !c.learner(n):
 			return nil, nil
 		}
-		return change(pb.ConfChangeRemoveNode, n), g.mayGo(c, n)
+		return change(pb.ConfChangeRemoveNode, n), nil
 	}
-}
-
-// mayGo refuses to let a leader take its own seat away, among those of gone, if
-// the voters that stay are no majority of those that are: they could not go on
-// without the others' votes before they know that the change is committed; they
-// may miss that, and the others' logs may be longer, so that they vote for none
-// of them.
-func (g *Group) mayGo(c conf, gone ...ids.Node) error {
-	was, stay := c.voters(), 0
-	for _, n := range was {
-		if !slices.Contains(gone, n) {
-			stay++
-		}
-	}
-	if slices.Contains(gone, g.h.cfg.Self) && c.voter(g.h.cfg.Self) && 2*stay <= len(was) {
-		return errs.E(errs.Invalid, "", g.h.cfg.Self.String(), "it leads group %d, and %d of %d voters would stay: let another lead first", g.id, stay, len(was))
-	}
-	return nil
 }
 
 // transfer asks raft to, on the worker.

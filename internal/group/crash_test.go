@@ -2,9 +2,11 @@ package group
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -80,9 +82,17 @@ func (c *crasher) done() bool {
 	}
 }
 
-func stride(t *testing.T, n int64) int64 {
-	if testing.Short() {
-		return 5 * n
+// torture reports whether the long runs are asked for.
+func torture() bool { return os.Getenv("UNUM_TORTURE") != "" }
+
+// stride is how far apart the places are that are tried: every one in a long
+// run, else one of n.
+func stride(_ *testing.T, n int64) int64 {
+	switch {
+	case torture():
+		return 1
+	case testing.Short():
+		return 3 * n
 	}
 	return n
 }
@@ -128,6 +138,9 @@ func life(t *testing.T, fs vfs.FS, dead *atomic.Bool, script int) (acked []strin
 	if rerr := <-ran; rerr != nil {
 		return acked, rerr
 	}
+	if len(acked) == script && g.log.trunc == 0 {
+		return acked, errors.New("the log was never truncated")
+	}
 	if cerr := h.Close(); cerr != nil {
 		return acked, cerr
 	}
@@ -167,7 +180,7 @@ func recovered(t *testing.T, fs *vfs.MemFS, acked []string) {
 
 func TestCrashAtEveryWrite(t *testing.T) {
 	full := 0
-	for k := int64(1); ; k += stride(t, 2) {
+	for k := int64(1); ; k += stride(t, 7) {
 		c, fs := newCrasher(vfs.NewCrashableMem(), k)
 		var dead atomic.Bool
 		c.dead.Store(&dead)
@@ -199,7 +212,7 @@ func TestCrashAtEveryWrite(t *testing.T) {
 // host stops with the class, and the disk holds what was acknowledged.
 func TestDiskFullAtEveryWrite(t *testing.T) {
 	stopped := 0
-	for k := int64(1); ; k += stride(t, 3) {
+	for k := int64(1); ; k += stride(t, 7) {
 		mem := vfs.NewCrashableMem()
 		var n atomic.Int64
 		fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
@@ -280,9 +293,9 @@ func TestCrashUnderLoad(t *testing.T) {
 			}
 		}()
 	}
-	crashes := 12
-	if testing.Short() {
-		crashes = 4
+	crashes := 8
+	if torture() {
+		crashes = 60
 	}
 	for range crashes {
 		// Whoever reaches its write first crashes.
@@ -355,7 +368,7 @@ func TestCrashDuringInstall(t *testing.T) {
 		}
 		open(t, h)
 	}).stop()
-	for k := probe.n.Load() / 2; ; k += stride(t, 1) { // what comes before is tested above
+	for k := probe.n.Load() / 2; ; k += stride(t, 4) { // what comes before is tested above
 		id := ids.Node(k + 1) // a wiped disk is a new node
 		ctx := testCtx(t)
 		c, fs := newCrasher(vfs.NewCrashableMem(), k)
@@ -414,6 +427,75 @@ func TestCrashDuringInstall(t *testing.T) {
 	t.Logf("%d crashes hit an installation", interrupted)
 	if interrupted == 0 && !testing.Short() {
 		t.Fatal("no crash hit an installation")
+	}
+}
+
+// The k-th writing operation of a learner's disk fails, once, while a snapshot
+// replaces its state: either the host stops, and comes back, or it takes the
+// snapshot when it is sent again.
+func TestDiskFailsDuringInstall(t *testing.T) {
+	n := newNetwork()
+	first := start(t, n, 1, vfs.NewCrashableMem(), func(h *Host) { bootstrap(t, h, 1) })
+	put(t, []*node{first}, "z", 100, 4000)
+	g := first.h.Group(tg)
+	join := func(h *Host) {
+		if err := h.Join(tg); err != nil {
+			t.Fatal(err)
+		}
+		open(t, h)
+	}
+	stopped, lived := 0, 0
+	for k := int64(1); ; k += stride(t, 3) {
+		ctx, id, mem := testCtx(t), ids.Node(k+1), vfs.NewCrashableMem()
+		var armed atomic.Bool
+		var count atomic.Int64
+		fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
+			if op.Kind.ReadOrWrite() == errorfs.OpIsWrite && armed.Load() && count.Add(1) == k {
+				return syscall.EIO
+			}
+			return nil
+		}))
+		nd := start(t, n, id, fs, join)
+		armed.Store(true)
+		if err := g.AddLearner(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+		_, err := nd.h.Group(tg).ReadIndex(ctx) // the snapshot is installed, or the host has stopped
+		armed.Store(false)
+		fired := count.Load() >= k
+		if err != nil && (!fired || ctx.Err() != nil) {
+			t.Fatalf("write %d: %v", k, err)
+		}
+		if fired { // and is started again, if it did not stop
+			n.remove(id)
+			nd.dead.Store(true)
+			nd.cancel()
+			nd.cancel = nil
+			if err := <-nd.ran; err != nil {
+				stopped++
+			} else {
+				lived++
+			}
+			image := mem.CrashClone(vfs.CrashCloneCfg{})
+			_ = nd.h.Close() // whatever it says of a host that failed
+			nd = start(t, n, id, image, join)
+		}
+		same(t, []*node{first, nd})
+		if err := g.Remove(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+		n.remove(id)
+		nd.stop()
+		if t.Failed() {
+			t.Fatalf("after a failure of write %d", k)
+		}
+		if !fired {
+			break
+		}
+	}
+	t.Logf("%d failures stopped the host, %d it lived through", stopped, lived)
+	if stopped == 0 {
+		t.Fatal("no failure stopped the host")
 	}
 }
 
@@ -499,9 +581,10 @@ func TestDamageIsRefused(t *testing.T) {
 	}
 }
 
-// One of two leaves for good; the other loses power at once, and goes on alone.
+// One of two leaves for good, the leader or the other, as soon as a leader says
+// that it is out; who stays loses power at once, and goes on alone.
 func TestSurvivorOfTwoLosesPower(t *testing.T) {
-	for range 5 {
+	for i := range 4 {
 		n := newNetwork()
 		two := []ids.Node{1, 2}
 		var nodes []*node
@@ -510,16 +593,21 @@ func TestSurvivorOfTwoLosesPower(t *testing.T) {
 		}
 		lead := leader(t, nodes)
 		ctx := testCtx(t)
-		if err := lead.h.Group(tg).Remove(ctx, lead.id); !errs.Has(err, errs.Invalid) {
-			t.Fatalf("one of two takes its own seat away: %v", err)
+		goes, stays := nodes[2-lead.id], lead
+		if i%2 == 0 {
+			goes, stays = lead, goes
 		}
-		if err := lead.h.Group(tg).Remove(ctx, 3-lead.id); err != nil {
+		if err := lead.h.Group(tg).Remove(ctx, goes.id); err != nil {
 			t.Fatal(err)
 		}
-		fs := lead.crash()
-		n.remove(3 - lead.id)
-		nodes[2-lead.id].stop()
-		alone := start(t, n, lead.id, fs, func(h *Host) { open(t, h) })
+		out := func(st Status) bool { return st.Role == Leader && !st.Joint && len(st.Voters) == 1 }
+		if err := stays.h.Group(tg).wait(ctx, "be alone", out); err != nil {
+			t.Fatalf("%v: %+v", err, stays.h.Group(tg).Status())
+		}
+		fs := stays.crash()
+		n.remove(goes.id)
+		goes.stop()
+		alone := start(t, n, stays.id, fs, func(h *Host) { open(t, h) })
 		if _, ok, err := propose(ctx, []*node{alone}, "alone"); err != nil || !ok {
 			t.Fatal(ok, err)
 		}

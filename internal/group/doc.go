@@ -29,7 +29,8 @@
 //   - The applied index, its term and the configuration at it are written in
 //     the same batch as the effects of the commands up to it.
 //   - truncation point <= index durable in the state <= applied <= last entry.
-//   - The commit of a change of replicas is synced before it is told or acted on.
+//   - The commit of a change of replicas is synced before it is told or acted on. A
+//     leader calls the change done when a majority of the new voters have it synced.
 //   - A snapshot is installed by one atomic ingestion. A marker in the log,
 //     synced before it, lets a restart tell an installed snapshot whose log was
 //     not yet reset from damage.

@@ -48,7 +48,7 @@ type Status struct {
 	Commit, Applied uint64
 	Voters          []ids.Node // all that count, during a joint change both sides
 	Learners        []ids.Node
-	Joint           bool                  // a change of voters is under way
+	Joint           bool                  // a change of voters is under way, or on a leader, a majority of them may not know it
 	Progress        map[ids.Node]Progress // of a leader; some ticks old
 	Witness         bool                  // this replica is a witness: as a leader it serves nobody, and hands over
 	Needs           []ids.Node            // of a witness that leads and cannot hand over: one of these must come back
@@ -427,9 +427,10 @@ func (g *Group) publish() {
 	case raft.StateCandidate, raft.StatePreCandidate:
 		role = Candidate
 	}
+	joint := !g.proven()
 	g.mu.Lock()
 	g.commit = b.GetCommit()
-	if g.st.Group == g.id && g.st.Role == role && g.st.Term == b.GetTerm() && g.st.Leader == ids.Node(b.Lead) && g.shown == g.conf {
+	if g.st.Group == g.id && g.st.Role == role && g.st.Joint == joint && g.st.Term == b.GetTerm() && g.st.Leader == ids.Node(b.Lead) && g.shown == g.conf {
 		g.mu.Unlock()
 		return
 	}
@@ -437,7 +438,7 @@ func (g *Group) publish() {
 	g.h.count.follow(g.st.Leader, ids.Node(b.Lead))
 	g.st.Group, g.st.Role, g.st.Term, g.st.Leader = g.id, role, b.GetTerm(), ids.Node(b.Lead)
 	c := conf{g.conf}
-	g.st.Voters, g.st.Learners, g.st.Joint = c.voters(), nodes(g.conf.Learners), len(g.conf.VotersOutgoing) > 0
+	g.st.Voters, g.st.Learners, g.st.Joint = c.voters(), nodes(g.conf.Learners), joint
 	if role != Leader {
 		g.st.Progress, g.st.Needs = nil, nil
 	}

@@ -183,7 +183,11 @@ func TestReadsAreLinearizable(t *testing.T) {
 			}
 		}()
 	}
-	for i := range 300 {
+	proposals := 120
+	if torture() {
+		proposals = 1000
+	}
+	for i := range proposals {
 		v, ok, err := propose(ctx, nodes, fmt.Sprint(i))
 		if err != nil {
 			t.Fatal(err)
@@ -191,7 +195,7 @@ func TestReadsAreLinearizable(t *testing.T) {
 		if ok {
 			acked.Store(v)
 		}
-		if i%60 == 59 {
+		if i%24 == 23 {
 			l := leader(t, nodes)
 			_ = l.h.Group(tg).TransferLeadership(ctx, l.id%3+1) // it may fail under loss
 		}

@@ -31,7 +31,7 @@ const (
 	ForgetApplied          // the applied index is not in the batch of the effects
 	NoMarker               // a snapshot is installed without its marker in the log
 	ForgetConf             // the configuration applied is not kept
-	UnsyncedChange         // a change of replicas is told before its commit is durable
+	Unproven               // a change of replicas is told before a majority of the voters know it
 )
 
 // plants tells whether f is planted.

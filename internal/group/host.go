@@ -349,8 +349,8 @@ func (h *Host) Open(g ids.Group, m Machine) (*Group, error) {
 		MaxInflightMsgs: maxInflightMsgs, MaxInflightBytes: maxInflight,
 		MaxUncommittedEntriesSize: maxUncommitted,
 		CheckQuorum:               true, PreVote: true, ReadOnlyOption: raft.ReadOnlySafe,
-		DisableProposalForwarding: true, StepDownOnRemoval: true,
-		Logger: raftLogger{h.log.With("group", uint64(g))},
+		DisableProposalForwarding: true, // and StepDownOnRemoval is off: see handOver
+		Logger:                    raftLogger{h.log.With("group", uint64(g))},
 	})
 	if err != nil {
 		return nil, errs.E(errs.Corrupt, "open", place, "%v", err)

@@ -23,6 +23,7 @@ const (
 	evSnapshot                   // fill is complete on disk
 	evInstalled                  // the parked snapshot is in the state
 	evFloor                      // from told index, up to which a witness may truncate
+	evKnown                      // from told of an entry that it is committed
 )
 
 // event is something the worker has to deal with.
@@ -35,8 +36,8 @@ type event struct {
 	fill *filling
 	fn   func()
 
-	from  ids.Node
-	index uint64
+	from        ids.Node
+	index, term uint64
 }
 
 // inbox is the worker's queue.

@@ -72,6 +72,7 @@ type groupLog struct {
 	applied      func() point // what a snapshot would hold now
 	start        point        // applied when opened
 	trunc, last  uint64
+	changed      uint64 // no entry after this one changes the replicas
 	truncTerm    uint64
 	runs         []run       // terms of (trunc, last]
 	tail         []*pb.Entry // the newest entries, ending with last
@@ -248,7 +249,7 @@ func (l *groupLog) wrote(ents []*pb.Entry, hard *pb.HardState) {
 	}
 	for _, e := range ents {
 		n := entrySize(e)
-		l.note(e.GetIndex(), e.GetTerm(), int64(n))
+		l.note(e, int64(n))
 		l.tail = append(l.tail, e)
 		l.tailSize += n
 		l.tails.bytes += n
@@ -266,7 +267,11 @@ func (l *groupLog) wrote(ents []*pb.Entry, hard *pb.HardState) {
 func entrySize(e *pb.Entry) int { return len(e.Data) + 16 }
 
 // note records one more entry at the end.
-func (l *groupLog) note(index, term uint64, size int64) {
+func (l *groupLog) note(e *pb.Entry, size int64) {
+	index, term := e.GetIndex(), e.GetTerm()
+	if e.GetType() == pb.EntryConfChangeV2 {
+		l.changed = index
+	}
 	if len(l.runs) == 0 || l.runs[len(l.runs)-1].term != term {
 		l.runs = append(l.runs, run{index, term})
 	}
@@ -291,6 +296,7 @@ func (l *groupLog) cut(first uint64) {
 		l.steps = l.steps[:n-1]
 	}
 	l.last = first - 1
+	l.changed = min(l.changed, l.last)
 }
 
 // evict drops the oldest of the tail until it holds at most limit bytes.
@@ -366,6 +372,6 @@ func (l *groupLog) reset(b *pebble.Batch, p point) error {
 	}
 	l.dropTail(0, len(l.tail))
 	l.runs, l.steps, l.bytes, l.sinceStep = nil, nil, 0, 0
-	l.trunc, l.truncTerm, l.last = p.index, p.term, p.index
+	l.trunc, l.truncTerm, l.last, l.changed = p.index, p.term, p.index, p.index
 	return nil
 }

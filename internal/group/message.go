@@ -14,7 +14,7 @@ import (
 // A transport message is a version byte and any number of raft messages of any
 // groups to one node, each [group uvarint][length uvarint][message]. What the
 // worker has for a peer in one round goes as one. Group 0 marks a message of the
-// host's own: see appendFloor.
+// host's own: see appendOwn.
 const (
 	messageVersion = 1
 	frameTarget    = 1 << 20 // bytes after which a new transport message begins
@@ -49,10 +49,10 @@ func appendMessage(b []byte, g ids.Group, m *pb.Message) ([]byte, error) {
 
 type groupMessage struct {
 	g    ids.Group
-	m    *pb.Message // nil: floor is meant
+	m    *pb.Message // nil: it is the host's own, see appendOwn
 	size int
 
-	floor uint64
+	index, term uint64 // term 0: a floor
 }
 
 // decodeMessages takes a transport message apart and refuses, as a whole, what
@@ -79,7 +79,7 @@ func decodeMessages(from, to ids.Node, b []byte) ([]groupMessage, error) {
 			return nil, bad("length cut off or too great")
 		}
 		if g == 0 {
-			f, err := decodeFloor(b[n : n+int(size)])
+			f, err := decodeOwn(b[n : n+int(size)])
 			if err != nil {
 				return nil, bad("%v", err)
 			}

@@ -197,7 +197,8 @@ func TestBadSnapshotsAreRefused(t *testing.T) {
 
 func FuzzMessages(f *testing.F) {
 	f.Add(framed(f, message(pb.MsgHeartbeat, nil), message(pb.MsgVote, nil)))
-	f.Add(appendFloor(framed(f, message(pb.MsgHeartbeat, nil)), tg, 300))
+	f.Add(appendOwn(framed(f, message(pb.MsgHeartbeat, nil)), tg, 300, 0))
+	f.Add(appendOwn(framed(f, message(pb.MsgVote, nil)), tg, 300, 7))
 	f.Add(framed(f, message(pb.MsgApp, func(m *pb.Message) { m.Entries = []*pb.Entry{entry(1, 1, ""), entry(2, 3, "")} })))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ms, err := decodeMessages(2, 1, b)
@@ -207,7 +208,7 @@ func FuzzMessages(f *testing.F) {
 		var again []byte
 		for _, m := range ms {
 			if m.m == nil {
-				again = appendFloor(again, m.g, m.floor)
+				again = appendOwn(again, m.g, m.index, m.term)
 			} else if again, err = appendMessage(again, m.g, m.m); err != nil {
 				t.Fatal(err)
 			}

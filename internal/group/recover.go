@@ -195,7 +195,7 @@ func (h *Host) loadLog(g ids.Group) (*groupLog, error) {
 		}
 		l.trunc, l.truncTerm = binary.BigEndian.Uint64(v), binary.BigEndian.Uint64(v[8:])
 	}
-	l.last = l.trunc
+	l.last, l.changed = l.trunc, l.trunc
 	it, err := h.logDB.NewIter(&pebble.IterOptions{LowerBound: logKey(g, logEntry), UpperBound: logKey(g, logEntry+1)})
 	if err != nil {
 		return nil, dbErr(err, "read", place)
@@ -211,7 +211,7 @@ func (h *Host) loadLog(g ids.Group) (*groupLog, error) {
 			return nil, errs.E(errs.Corrupt, "read", place, "entry %d has term %d after term %d", e.GetIndex(), e.GetTerm(), term)
 		}
 		term = e.GetTerm()
-		l.note(e.GetIndex(), term, int64(entrySize(e)))
+		l.note(e, int64(entrySize(e)))
 	}
 	if err := it.Error(); err != nil {
 		return nil, dbErr(err, "read", place)

@@ -274,5 +274,11 @@ func (s *Stepper) LogTerm(g *Group, index uint64) (term uint64, ok bool) {
 	return t, err == nil
 }
 
+// Config returns the voters in force at a replica, those of the other side while
+// a change is under way, and the entry that brought them, if since its start.
+func (s *Stepper) Config(g *Group) (voters, outgoing []ids.Node, at uint64) {
+	return nodes(g.conf.Voters), nodes(g.conf.VotersOutgoing), g.confAt
+}
+
 // LogBounds returns the truncation point and the last entry of the log.
 func (s *Stepper) LogBounds(g *Group) (trunc, last uint64) { return g.log.trunc, g.log.last }

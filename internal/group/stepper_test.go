@@ -7,6 +7,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	pb "go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
@@ -93,18 +94,7 @@ func TestStepper(t *testing.T) {
 func TestBarrierIsNotPassedOn(t *testing.T) {
 	s, _, out := steppedHost(t, 1, 2, 3)
 	quiesce(t, s)
-	heard := func(from ids.Node, m *pb.Message) {
-		t.Helper()
-		m.From, m.To = new(uint64(from)), new(uint64(1))
-		b, err := appendMessage(nil, tg, m)
-		if err == nil {
-			err = s.h.Receive(from, b)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		quiesce(t, s)
-	}
+	heard := func(from ids.Node, m *pb.Message) { t.Helper(); hears(t, s, from, m) }
 	heard(2, &pb.Message{Type: pb.MsgHeartbeat.Enum(), Term: new(uint64(2)), Commit: new(uint64(1))})
 	if len(out.sent[2]) == 0 {
 		t.Fatal("node 1 does not answer its leader")
@@ -114,5 +104,106 @@ func TestBarrierIsNotPassedOn(t *testing.T) {
 		if _, err := decodeMessages(1, 2, b); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// hears gives a host a raft message.
+func hears(t *testing.T, s *Stepper, from ids.Node, m *pb.Message) {
+	t.Helper()
+	m.From, m.To = new(uint64(from)), new(uint64(1))
+	hearsBytes(t, s, from, framed(t, m))
+}
+
+func hearsBytes(t *testing.T, s *Stepper, from ids.Node, b []byte) {
+	t.Helper()
+	if err := s.h.Receive(from, b); err != nil {
+		t.Fatal(err)
+	}
+	quiesce(t, s)
+}
+
+// Node 1 has the change that makes it the only voter, and missed its commit. The
+// one that went has a longer log and gives no vote, but says what is committed.
+func TestCommitIsToldWithVotes(t *testing.T) {
+	s, g, out := steppedHost(t, 1, 2)
+	quiesce(t, s)
+	at := g.Status().Commit
+	gone := change(pb.ConfChangeRemoveNode, 2)
+	data, err := proto.Marshal(gone)
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, _ := g.log.Term(at)
+	e := &pb.Entry{Index: new(at + 1), Term: new(uint64(9)), Type: pb.EntryConfChangeV2.Enum(), Data: data}
+	hears(t, s, 2, &pb.Message{Type: pb.MsgApp.Enum(), Term: new(uint64(9)), Index: &at, LogTerm: &last, Entries: []*pb.Entry{e}, Commit: &at})
+	if l, err := s.h.loadLog(tg); err != nil || l.changed != at+1 || g.log.changed != at+1 {
+		t.Fatalf("the change is not found in the log: %v, %v, %v", err, l.changed, g.log.changed)
+	}
+	ticks(t, s, 4*electionTicks)
+	if st := g.Status(); st.Role != Candidate || len(st.Voters) != 2 {
+		t.Fatalf("before it is told: %+v", st)
+	}
+	asked := false
+	for _, b := range out.sent[2] {
+		ms, err := decodeMessages(1, 2, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, m := range ms {
+			if m.m.GetType() == pb.MsgPreVote {
+				told := ms[i+1]
+				asked = told.m == nil && told.index == at && told.term == last
+			}
+		}
+	}
+	if !asked {
+		t.Fatal("it asked for a vote and did not say what it knows to be committed")
+	}
+	for _, wrong := range [][2]uint64{{at + 1, 8}, {at + 2, 9}, {1 << 40, 9}} { // not its entry; not here
+		hearsBytes(t, s, 2, appendOwn(nil, tg, wrong[0], wrong[1]))
+	}
+	if st := g.Status(); st.Commit != at {
+		t.Fatalf("it took %+v", st)
+	}
+	hearsBytes(t, s, 2, appendOwn(nil, tg, at+1, 9))
+	if st := g.Status(); st.Commit != at+1 || st.Leader != 0 || len(st.Voters) != 1 {
+		t.Fatalf("it did not learn: %+v", st)
+	}
+	ticks(t, s, 4*electionTicks)
+	if st := g.Status(); st.Role != Leader || st.Joint {
+		t.Fatalf("it is not elected by itself: %+v", st)
+	}
+}
+
+// Of a commit that changes no replica a candidate is told too: it must not give
+// up its candidacy for that.
+func TestCandidateGoesOn(t *testing.T) {
+	s, g, _ := steppedHost(t, 1, 2, 3)
+	quiesce(t, s)
+	at := g.Status().Commit
+	last, _ := g.log.Term(at)
+	e := &pb.Entry{Index: new(at + 1), Term: new(uint64(9))}
+	hears(t, s, 2, &pb.Message{Type: pb.MsgApp.Enum(), Term: new(uint64(9)), Index: &at, LogTerm: &last, Entries: []*pb.Entry{e}, Commit: &at})
+	ticks(t, s, 4*electionTicks)
+	hearsBytes(t, s, 3, appendOwn(nil, tg, at+1, 9))
+	if st := g.Status(); st.Role != Candidate || st.Commit != at {
+		t.Fatalf("after it was told: %+v", st)
+	}
+	term := g.Status().Term
+	hears(t, s, 3, &pb.Message{Type: pb.MsgPreVoteResp.Enum(), Term: new(term + 1)})
+	hears(t, s, 3, &pb.Message{Type: pb.MsgVoteResp.Enum(), Term: new(term + 1)})
+	if st := g.Status(); st.Role != Leader {
+		t.Fatalf("with a majority's votes: %+v", st)
+	}
+}
+
+// ticks lets time pass.
+func ticks(t *testing.T, s *Stepper, n int) {
+	t.Helper()
+	for range n {
+		if err := s.Tick(); err != nil {
+			t.Fatal(err)
+		}
+		quiesce(t, s)
 	}
 }

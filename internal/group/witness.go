@@ -1,7 +1,6 @@
 package group
 
 import (
-	"encoding/binary"
 	"fmt"
 	"slices"
 
@@ -17,10 +16,6 @@ import (
 // DefaultWitnessLogBytes is what a witness keeps of one group for a full replica
 // that is away. It is disk only, and what a group writes in hours.
 const DefaultWitnessLogBytes = 1 << 30
-
-// A hand-over that has not shown within so many ticks is tried again, with
-// another voter if there is one: far less than an election timeout.
-const handOverTicks = 2 * heartbeatTicks
 
 // A candidate that yielded to another does not take votes for so many ticks: the
 // other needs one round trip.
@@ -86,25 +81,6 @@ func (h *Host) checkReplica(g ids.Group, v []byte) error {
 	return errs.E(errs.Corrupt, "read", place, "record %x, want version %d", v, replicaVersion)
 }
 
-// In a transport message a floor has the place of a raft message, under the
-// group number 0, which no group has: [group uvarint][index uvarint].
-func appendFloor(b []byte, g ids.Group, index uint64) []byte {
-	if len(b) == 0 {
-		b = append(b, messageVersion)
-	}
-	v := binary.AppendUvarint(binary.AppendUvarint(nil, uint64(g)), index)
-	return append(append(b, 0, byte(len(v))), v...)
-}
-
-func decodeFloor(b []byte) (groupMessage, error) {
-	g, n := binary.Uvarint(b)
-	index, k := binary.Uvarint(b[max(n, 0):])
-	if n <= 0 || k <= 0 || n+k != len(b) || g == 0 {
-		return groupMessage{}, fmt.Errorf("floor %x", b)
-	}
-	return groupMessage{g: ids.Group(g), floor: index, size: 64}, nil
-}
-
 // floor returns, on a leader, the last entry that a witness need not keep: all
 // full voters have it, and all full learners that are being sent entries, for
 // they may soon be voters. 0: not known yet, since a change of the replicas may
@@ -138,7 +114,7 @@ func (w *worker) tellFloor(g *Group) {
 	for _, n := range nodes(list) {
 		if n != w.h.cfg.Self && w.h.witness(n) {
 			o := w.outgoing(n, g)
-			o.buf = appendFloor(o.buf, g.id, f)
+			o.buf = appendOwn(o.buf, g.id, f, 0)
 		}
 	}
 }
@@ -165,40 +141,6 @@ func (w *worker) spare(g *Group, applied, to uint64) uint64 {
 		return oldest
 	}
 	return to
-}
-
-// handOver gives a witness's leadership to a full voter that has everything. It
-// is called whenever something has happened to the group.
-func (w *worker) handOver(g *Group) {
-	b := g.rn.BasicStatus()
-	if !w.h.cfg.Witness || b.RaftState != raft.StateLeader {
-		return
-	}
-	if b.LeadTransferee != 0 && w.ticks-g.handed < handOverTicks {
-		return
-	}
-	var able []ids.Node
-	g.rn.WithProgress(func(id uint64, _ raft.ProgressType, p raftProgress) {
-		if slices.Contains(g.conf.Voters, id) && !w.h.witness(ids.Node(id)) && p.Match >= g.log.last {
-			able = append(able, ids.Node(id))
-		}
-	})
-	if len(able) == 0 {
-		return
-	}
-	slices.Sort(able)
-	heir := able[0]
-	for _, n := range able { // another one than last time
-		if n > g.heir {
-			heir = n
-			break
-		}
-	}
-	if b.LeadTransferee != 0 {
-		g.rn.TransferLeader(uint64(w.h.cfg.Self)) // ends the attempt that came to nothing
-	}
-	g.rn.TransferLeader(uint64(heir))
-	g.heir, g.handed = heir, w.ticks
 }
 
 // showNeeds brings into the status of a witness that leads which nodes it waits

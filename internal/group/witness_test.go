@@ -179,13 +179,13 @@ func TestBareSnapshotsAreForWitnesses(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A floor is a number below what is applied, from the leader; garbage is refused.
-	for _, b := range [][]byte{{1, 0, 0}, {1, 0, 1, 7}, {1, 0, 2, 0, 5}, {1, 0, 3, 7, 5, 5}, {1, 0, 2, 7, 0x80}} {
+	for _, b := range [][]byte{{1, 0, 0}, {1, 0, 1, 7}, {1, 0, 2, 0, 5}, {1, 0, 3, 7, 5, 0}, {1, 0, 4, 7, 5, 5, 5}, {1, 0, 2, 7, 0x80}} {
 		if err := wit.h.Receive(2, b); !errs.Has(err, errs.Corrupt) {
 			t.Errorf("floor %x: %v", b, err)
 		}
 	}
 	g := wit.h.Group(tg)
-	if err := wit.h.Receive(9, appendFloor(nil, tg, 1<<40)); err != nil {
+	if err := wit.h.Receive(9, appendOwn(nil, tg, 1<<40, 0)); err != nil {
 		t.Fatal(err)
 	}
 	if f := onWorker(g, func() uint64 { return g.floor }); f != 0 {
@@ -203,9 +203,9 @@ func TestAnyOneOfThreeDies(t *testing.T) {
 	var mu sync.Mutex // of nodes and last
 	last := time.Now()
 	var acked sync.Map
-	rounds := 24
-	if testing.Short() {
-		rounds = 9
+	rounds := 9
+	if torture() {
+		rounds = 60
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience+time.Duration(rounds)*5*time.Second)
 	defer cancel()
@@ -565,7 +565,7 @@ func TestWitnessCrashAtEveryWrite(t *testing.T) {
 	pn.witness = map[ids.Node]bool{3: true}
 	start(t, pn, 3, fs, func(h *Host) { bootstrap(t, h, 1, 2, 3) }).stop()
 	hit := 0
-	for k := probe.n.Load() / 2; ; k += stride(t, 12) {
+	for k := probe.n.Load() / 2; ; k += stride(t, 24) {
 		n := newNetwork()
 		n.witness = map[ids.Node]bool{3: true}
 		begin := func(id ids.Node, fs vfs.FS) *node {
@@ -669,7 +669,7 @@ func TestWitnessCrashDuringInstall(t *testing.T) {
 	}
 	start(t, newNetwork(), 1, fs, join).stop()
 	interrupted := 0
-	for k := probe.n.Load() / 2; ; k += stride(t, 2) {
+	for k := probe.n.Load() / 2; ; k += stride(t, 3) {
 		id := ids.Node(k + 1)
 		n.mu.Lock()
 		n.witness[id] = true

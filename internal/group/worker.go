@@ -27,7 +27,8 @@ type stepped struct {
 	leading bool
 	lead    uint64
 	term    uint64
-	ready   bool // leading, and an entry of its own term is committed: knows all that was acknowledged
+	proof   uint64 // of a leader: an entry from here on proves the configuration, see proven
+	ready   bool   // leading, and an entry of its own term is committed: knows all that was acknowledged
 	dirty   bool
 	gone    bool                     // complained about lost entries
 	asking  map[proposalID]readBatch // barriers not yet confirmed
@@ -43,7 +44,7 @@ type stepped struct {
 	told    uint64              // a witness's log may begin after this
 	sent    uint64              // the floor last sent
 	heard   map[ids.Node]uint64 // of a witness: when others last spoke
-	heir    ids.Node            // of a witness: to whom it handed over, at tick handed
+	heir    ids.Node            // to whom it handed over, at tick handed
 	handed  uint64
 
 	floor   uint64 // of a witness: the last entry that no full replica lacks
@@ -149,6 +150,7 @@ func (w *worker) tick() {
 	w.ticks++
 	for _, g := range w.groups {
 		g.rn.Tick()
+		w.prove(g)
 		w.mark(g)
 		for _, id := range g.askedIDs() {
 			if b := g.asking[id]; w.ticks-b.tick >= readRetryTicks {
@@ -221,6 +223,8 @@ func (w *worker) handle(e *event) {
 		g.parked.installed = true
 	case evFloor:
 		w.hear(g, e.from, e.index)
+	case evKnown:
+		w.learn(g, e.from, e.index, e.term)
 	}
 	w.mark(g)
 }
@@ -239,7 +243,7 @@ func (w *worker) acceptable(g *Group, m *pb.Message) bool {
 	case pb.MsgReadIndex:
 		// Raft would pass it on in its sender's name, which the leader refuses,
 		// and with it all that this node has to say. The sender asks again.
-		return g.rn.BasicStatus().RaftState == raft.StateLeader
+		return g.rn.BasicStatus().RaftState == raft.StateLeader && !g.out() // raft would not ask the only voter left
 	}
 	if beyond && !g.gone {
 		g.gone = true
@@ -261,6 +265,9 @@ func (w *worker) propose(g *Group, p *proposal) {
 		return
 	case w.h.cfg.Witness: // changes of its replicas too: it has no say in them
 		refuse(g.notHere("propose to group"))
+		return
+	case g.out():
+		refuse(errs.E(errs.Busy, "propose to group", fmt.Sprint(g.id), "%v has no vote any more: it leads only until another can", w.h.cfg.Self))
 		return
 	case b.LeadTransferee != 0:
 		refuse(errs.E(errs.Busy, "propose to group", fmt.Sprint(g.id), "leadership is moving to %v", ids.Node(b.LeadTransferee)))
@@ -310,7 +317,7 @@ func (w *worker) ask(g *Group, readers []*reader) {
 	}
 	id := w.h.newID()
 	g.asking[id] = readBatch{readers: left, tick: w.ticks}
-	if g.leading && !g.ready {
+	if g.leading && !g.ready || g.out() {
 		return // raft checks this itself, but not for a single voter
 	}
 	g.rn.ReadIndex(id[:])
@@ -370,7 +377,7 @@ func (w *worker) round() error {
 		if err := g.log.write(b, rd.Entries, hard); err != nil {
 			return dbErr(err, "write log of group", fmt.Sprint(g.id))
 		}
-		sync = sync || rd.MustSync || changesReplicas(rd.CommittedEntries) && !w.h.cfg.Hooks.plants(UnsyncedChange)
+		sync = sync || rd.MustSync || changesReplicas(rd.CommittedEntries)
 		turns = append(turns, turn{g, rd})
 	}
 	w.flush()
@@ -464,6 +471,7 @@ func (w *worker) finish(t turn) error {
 	if err := g.log.readErr; err != nil {
 		return err
 	}
+	w.prove(g)
 	w.notice(g)
 	g.measure()
 	w.trim(g)
@@ -487,7 +495,7 @@ func (w *worker) notice(g *Group) {
 		g.ready = false
 	}
 	if leading && (!g.leading || b.GetTerm() != g.term) {
-		g.since, g.settled, g.told, g.sent, g.heir = w.ticks, 0, 0, 0, 0
+		g.since, g.settled, g.told, g.sent, g.heir, g.proof = w.ticks, 0, 0, 0, 0, 0
 		clear(g.heard)
 	}
 	g.leading, g.lead, g.term = leading, b.Lead, b.GetTerm()
@@ -589,6 +597,10 @@ func (w *worker) post(g *Group, m *pb.Message) {
 		panic(err)
 	}
 	o.buf = b
+	switch m.GetType() {
+	case pb.MsgPreVote, pb.MsgPreVoteResp, pb.MsgVote, pb.MsgVoteResp:
+		w.tellKnown(g, o)
+	}
 }
 
 // outgoing returns the transport message for to, which gets something of g.
@@ -645,7 +657,10 @@ func (h *Host) Receive(from ids.Node, msg []byte) error {
 		}
 		e := event{kind: evMessage, g: g, msg: m.m, size: m.size}
 		if m.m == nil {
-			e.kind, e.from, e.index = evFloor, from, m.floor
+			e.kind, e.from, e.index, e.term = evFloor, from, m.index, m.term
+			if m.term > 0 {
+				e.kind = evKnown
+			}
 		}
 		if !h.in.push(e) {
 			dropped++

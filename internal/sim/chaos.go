@@ -31,6 +31,7 @@ var acts = []act{
 	{"slow", 4, func(w *world) { w.slow(w.anyNode()) }},
 	{"skew", 4, func(w *world) { w.skew(w.anyNode()) }},
 	{"transfer", 6, (*world).transfer},
+	{"rivals", 8, (*world).rivals},
 	{"membership", 12, (*world).reconfigure},
 }
 
@@ -127,9 +128,10 @@ const maxAmbushes = 10
 // ambush strikes where it hurts, when n is about to vote: at one of so many next
 // messages or syncs. It is back before others notice.
 func (w *world) ambush(n *node, sends, syncs int) {
-	if w.quiet || w.ambushes == 0 || w.rng.IntN(w.ambushes) > 0 {
+	if w.quiet || !n.courted && (w.ambushes == 0 || w.rng.IntN(w.ambushes) > 0) {
 		return
 	}
+	n.courted = false
 	w.stats.Ambushes++
 	if w.votes++; w.votes == maxAmbushes {
 		w.ambushes = 0
@@ -239,6 +241,31 @@ func (w *world) transfer() {
 	}
 }
 
+// rivals lets two voters seek the same term at once, one of them late, and neither
+// of the other: who votes for the first is struck, and is then asked by the second.
+func (w *world) rivals() {
+	g := w.anyGroup()
+	n := w.leader(g)
+	if n == nil || n.pausedUntil.After(w.now) {
+		return
+	}
+	list := slices.DeleteFunc(slices.Clone(n.group(g).Status().Voters), func(id ids.Node) bool { return id == n.id || !w.node(id).up })
+	if len(list) < 2 {
+		return
+	}
+	w.rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+	a, b := w.node(list[0]), w.node(list[1])
+	w.stats.Rivals++
+	w.partition(time.Second, func(x, y *node) bool { return x == a && y == b || x == b && y == a })
+	w.slow(b)
+	for _, x := range w.nodes {
+		x.courted = x != a && x != b
+	}
+	n.st.Transfer(n.group(g), a.id) // raft tells both, if both have all entries
+	n.st.Transfer(n.group(g), b.id)
+	n.plan()
+}
+
 // reconfigure asks the leader of a group for some change of its replicas. What
 // becomes of it is not awaited.
 func (w *world) reconfigure() {
@@ -328,15 +355,15 @@ func (w *world) govern(n *node, g *group.Group) {
 	n.plan()
 }
 
-// depart lets a machine go for good when a leader says that it was taken out of
-// its group, and it is in no other. It does so on the spot, and who said so may
-// lose power at once: it must have known.
+// depart lets machines stop for ever as soon as leaders say that they were taken
+// out of their groups. It happens on the spot, and who said so may lose power at
+// once, or stay away: the others must have known.
 func (w *world) depart(lead *node, st group.Status) {
-	if w.quiet || st.Joint || w.rng.IntN(2) == 0 {
+	if w.quiet || st.Joint || w.rng.IntN(4) == 0 {
 		return
 	}
 	for _, n := range w.nodes {
-		if n == lead || n.gone || !n.had[st.Group] || slices.Contains(members(st), n.id) || w.hasReplicaBut(n, st.Group) {
+		if n == lead || n.gone || !n.had[st.Group] || w.rng.IntN(4) == 0 || slices.Contains(members(st), n.id) || w.hasReplicaBut(n, st.Group) {
 			continue
 		}
 		w.tracef("%v goes for good", n.id)
@@ -344,12 +371,19 @@ func (w *world) depart(lead *node, st group.Status) {
 		n.gone, n.member = true, false
 		w.at(0, func() {
 			n.crash()
-			if w.rng.IntN(2) == 0 {
+			if w.rng.IntN(4) > 0 { // what it has just sent is lost
+				w.partition(200*time.Millisecond, func(a, _ *node) bool { return a == lead })
+			}
+			switch x := w.rng.IntN(6); {
+			case x < 4 && w.late == nil: // for the rest of the faults
+				lead.back = time.Hour
+				lead.crash()
+				w.late = lead
+			case x < 5:
 				lead.back = w.while()
 				lead.crash()
 			}
 		})
-		return
 	}
 }
 
@@ -359,7 +393,11 @@ func (w *world) hasReplicaBut(n *node, g ids.Group) bool {
 		if o == g || !n.had[o] {
 			continue
 		}
-		if lead := w.leader(o); lead == nil || slices.Contains(members(lead.group(o).Status()), n.id) {
+		lead := w.leader(o)
+		if lead == nil {
+			return true
+		}
+		if st := lead.group(o).Status(); st.Joint || slices.Contains(members(st), n.id) {
 			return true
 		}
 	}

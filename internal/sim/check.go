@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/crc64"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/anishathalye/porcupine"
@@ -122,11 +123,17 @@ func (c *checker) status(n *node, g *group.Group, st group.Status) {
 		n.terms[g.ID()] = st.Term
 		c.w.ambush(n, 2, 2)
 	}
+	if n.st != nil {
+		c.w.learn(n, g, st)
+	}
 	if st.Role != group.Leader {
 		return
 	}
 	for _, id := range members(st) {
 		c.w.node(id).had[st.Group] = true
+	}
+	if !slices.Contains(st.Voters, n.id) {
+		c.w.stats.OutLed++
 	}
 	c.w.depart(n, st)
 	k := termKey{g.ID(), st.Term}

@@ -25,13 +25,14 @@ type node struct {
 	disk        *disk
 	h           *group.Host
 	st          *group.Stepper
-	rate        float64       // length of its ticks
-	slow        float64       // factor on the time its steps wait
-	pausedUntil time.Time     // it is stopped until then
-	back        time.Duration // after a power failure it comes up again
-	armedSend   int           // messages until one is a power failure; 0: none
-	due         group.Due     // scheduled
-	terms       map[ids.Group]uint64
+	rate        float64              // length of its ticks
+	slow        float64              // factor on the time its steps wait
+	pausedUntil time.Time            // it is stopped until then
+	back        time.Duration        // after a power failure it comes up again
+	armedSend   int                  // messages until one is a power failure; 0: none
+	due         group.Due            // scheduled
+	terms       map[ids.Group]uint64 // last seen of each group, in any life
+	courted     bool                 // two seek its vote: it is struck when it gives it
 
 	had             map[ids.Group]bool // it was a member
 	gone            bool               // for good: it was taken out of all groups
@@ -47,7 +48,6 @@ func (n *node) group(g ids.Group) *group.Group { return n.h.Group(g) }
 func (n *node) boot(prepare func(h *group.Host) error) {
 	w := n.w
 	n.life++
-	n.terms = map[ids.Group]uint64{}
 	n.disk = newDisk(n.rest, rand.New(rand.NewPCG(w.rng.Uint64(), 0)))
 	n.slow, n.pausedUntil, n.armedSend, n.due = 1, time.Time{}, 0, group.Due{}
 	h, err := group.New(group.Config{

@@ -46,7 +46,7 @@ var plants = map[Plant]group.Fault{
 	"forget applied":      group.ForgetApplied,
 	"no snapshot marker":  group.NoMarker,
 	"forget conf":         group.ForgetConf,
-	"unsynced change":     group.UnsyncedChange,
+	"unproven change":     group.Unproven,
 	plantForgetSession:    group.NoFault,
 	plantNondeterministic: group.NoFault,
 }
@@ -66,14 +66,16 @@ type Config struct {
 
 // Stats counts what happened. CrashesSending and CrashesSyncing are power
 // failures at a message and at a sync, Crashes those between two steps; Unjudged
-// are histories that were too long to judge.
+// are histories that were too long to judge, Gone machines that were taken out and
+// stopped for ever, OutLed leaders without a vote, LedWithout groups that had to
+// have a leader with a node down, Rivals pairs that were told to seek one term.
 type Stats struct {
 	Ops, Attempts, Unknown, Abandoned, Unjudged int
 	Crashes, CrashesSending, CrashesSyncing     int
 	Blackouts, Partitions, OneWay, Cuts, Storms int
-	Pauses, Slow, Skews, Transfers              int
+	Pauses, Slow, Skews, Transfers, Rivals      int
 	Ambushes, Stewarded, Witnesses, WitnessLed  int
-	Gone                                        int
+	Gone, OutLed, LedWithout                    int
 	Messages, Dropped, Duplicated               int
 	Snapshots, SnapshotsTorn, Leaders, Changes  int
 	Virtual                                     time.Duration
@@ -107,6 +109,9 @@ type world struct {
 	think   time.Duration // between a client's operations
 	quiet   bool          // no more faults and no new operations
 	stormy  bool
+
+	late    *node                  // stays down until all others are up
+	configs map[ids.Group][]config // in force, and those before it since a leader last called one done
 
 	stewarded bool    // package quorum decides who votes
 	ambushes  int     // one of so many votes is ambushed; 0: none
@@ -236,7 +241,7 @@ func Run(cfg Config) Result {
 	}
 	w := &world{
 		cfg: cfg, rng: mrand.New(mrand.NewPCG(cfg.Seed, 0x756e756d)), now: time.Unix(0, 0), hash: sha256.New(),
-		lastRead: map[uint64]uint64{}, acked: map[mark]ids.Group{},
+		lastRead: map[uint64]uint64{}, acked: map[mark]ids.Group{}, configs: map[ids.Group][]config{},
 	}
 	w.check = newChecker(w)
 	w.net = &network{w: w, cut: map[[2]ids.Node]int{}}
@@ -282,7 +287,7 @@ func (w *world) build() {
 	w.jitter = []float64{0.05, 0.2, 0.6}[w.rng.IntN(3)]
 	for id := range size {
 		w.nodes = append(w.nodes, &node{w: w, id: ids.Node(id + 1), rest: disk.CrashClone(vfs.CrashCloneCfg{}),
-			rate: 1, slow: 1, had: map[ids.Group]bool{}, seen: w.now, member: id < voters || w.rng.IntN(2) == 0})
+			rate: 1, slow: 1, had: map[ids.Group]bool{}, terms: map[ids.Group]uint64{}, seen: w.now, member: id < voters || w.rng.IntN(2) == 0})
 	}
 	if size >= 3 && w.rng.IntN(4) == 0 {
 		last := w.nodes[max(voters, 3)-1] // a voter, or one that may come to be
@@ -336,6 +341,11 @@ func (w *world) live() {
 // become equal, and stay so over a power failure of all nodes.
 func (w *world) finish() {
 	w.quiet = true
+	w.heal()
+	if !w.leads() {
+		return
+	}
+	w.late = nil
 	w.heal()
 	if !w.settle() {
 		return
@@ -392,10 +402,63 @@ func (w *world) heal() {
 		if n.disk != nil {
 			n.disk.armed.Store(0)
 		}
-		if !n.up && !n.gone {
+		if !n.up && !n.gone && n != w.late {
 			n.boot(nil)
 		}
 	}
+}
+
+// config is who votes: two sides while a change is under way.
+type config struct {
+	at    uint64
+	sides [2][]ids.Node
+}
+
+// learn keeps which configurations may be in force.
+func (w *world) learn(n *node, g *group.Group, st group.Status) {
+	voters, outgoing, at := n.st.Config(g)
+	list := w.configs[st.Group]
+	switch c := (config{at, [2][]ids.Node{voters, outgoing}}); {
+	case len(list) == 0 || at > list[len(list)-1].at:
+		list = append(list, c)
+	case at < list[len(list)-1].at:
+		return
+	}
+	if st.Role == group.Leader && !st.Joint {
+		list = list[len(list)-1:]
+	}
+	w.configs[st.Group] = list
+}
+
+// leads waits, with one node down, for a leader of each group that has a majority
+// without it: in the last configuration that was done, and in all since.
+func (w *world) leads() bool {
+	if w.late == nil {
+		return true
+	}
+	w.runUntil(10*time.Second, nil) // whoever leads alone notices
+	for _, g := range groups {
+		able := true
+		for _, c := range w.configs[g] {
+			for _, side := range c.sides {
+				alive := 0
+				for _, id := range side {
+					if w.node(id).up {
+						alive++
+					}
+				}
+				able = able && (len(side) == 0 || 2*alive > len(side))
+			}
+		}
+		if !able || w.err != nil {
+			continue
+		}
+		w.stats.LedWithout++
+		if !w.runUntil(time.Minute, func() bool { return w.leader(g) != nil }) {
+			w.violated("group %d has no leader, though of its voters %v only %v is down: %s", g, w.configs[g], w.late.id, w.state())
+		}
+	}
+	return w.err == nil
 }
 
 // settle waits until all clients have their answers and all members of each
