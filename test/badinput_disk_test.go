@@ -43,7 +43,7 @@ const acknowledge = `cd /unum && i=0; while [ $i -lt MOST ]; do
 // goes on, and when there is space again so does all else.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
-	c := upSized(t, 3, "192M")
+	c := upSized(t, 3, "256M")
 	daemons := func() (all string) {
 		for _, n := range []string{"n1", "n2", "n3"} {
 			all += c.must(n, `for p in /proc/[0-9]*; do case "$(tr '\0' ' ' < $p/cmdline 2>/dev/null)" in "unum "*" --dir /var/lib/unum "*) echo ${p#/proc/};; esac; done`)
