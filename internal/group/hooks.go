@@ -7,7 +7,7 @@ import (
 )
 
 // Hooks let the simulator look into a host and plant a fault in it. Only
-// internal/sim makes them; a host of the product has none.
+// internal/sim and this package's tests make them; a host of the product has none.
 type Hooks struct {
 	Wrote     func(g ids.Group, ents []*pb.Entry)              // entries have come into the log
 	Committed func(g ids.Group, term uint64, ents []*pb.Entry) // seen as committed in a term, not yet applied
@@ -29,6 +29,7 @@ const (
 	ForgetVote             // the vote is not on disk
 	TrimUnsynced           // the log is truncated before the state is durable
 	ForgetApplied          // the applied index is not in the batch of the effects
+	ResetEarly             // the log is reset to a snapshot before the state has it
 	NoMarker               // a snapshot is installed without its marker in the log
 	ForgetConf             // the configuration applied is not kept
 	Unproven               // a change of replicas is told before a majority of the voters know it

@@ -603,8 +603,11 @@ func (w *worker) park(g *Group, rd raft.Ready, b *pebble.Batch) error {
 		return err
 	}
 	g.parked = &parked{rd: rd, fill: f}
-	if w.h.cfg.Hooks.plants(NoMarker) {
+	switch k := w.h.cfg.Hooks; {
+	case k.plants(NoMarker):
 		return nil
+	case k.plants(ResetEarly):
+		return g.log.reset(b, f.at)
 	}
 	return dbErr(b.Set(logKey(g.id, logMarker), v, nil), "install snapshot of group", fmt.Sprint(g.id))
 }

@@ -34,7 +34,9 @@ func openDB(fsys vfs.FS, dir string, cache *pebble.Cache, log *slog.Logger, fata
 		MaxOpenFiles:                maxOpenFiles,
 		Logger:                      dbLogger{log, fatal},
 		EventListener: &pebble.EventListener{
-			BackgroundError: func(err error) { log.Warn("database background error", "err", err) },
+			// The engine would try its flush or compaction again at once, without end and
+			// on a whole processor, while its log grows.
+			BackgroundError: func(err error) { fatal(dbErr(err, "flush or compact", dir)) },
 			DataCorruption: func(i pebble.DataCorruptionInfo) {
 				fatal(errs.E(errs.Corrupt, "read database", i.Path, "%v", i.Details))
 			},

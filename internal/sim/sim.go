@@ -43,6 +43,7 @@ var plants = map[Plant]group.Fault{
 	"local read":          group.LocalRead,
 	"forget vote":         group.ForgetVote,
 	"trim unsynced":       group.TrimUnsynced,
+	"reset early":         group.ResetEarly,
 	"forget applied":      group.ForgetApplied,
 	"no snapshot marker":  group.NoMarker,
 	"forget conf":         group.ForgetConf,
