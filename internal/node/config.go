@@ -95,7 +95,8 @@ func (c *Config) path(parts ...string) string {
 // The files of a node, below its directory.
 const (
 	fileNode   = "node.json"
-	fileLock   = "lock" // held by whoever works on the directory
+	fileLeft   = "node.left" // what node.json becomes when the node has left
+	fileLock   = "lock"      // held by whoever works on the directory
 	fileCA     = "identity/ca.pem"
 	fileCAKey  = "identity/ca.key" // the authority's, on voters that store
 	fileCert   = "identity/node.pem"
@@ -167,6 +168,13 @@ func (c *Config) clear() error {
 		return err
 	} else if was { // made by another process, just now
 		return errs.E(errs.Exists, "make a node", c.Dir, "there is a node already").WithRemedy("unum up")
+	}
+	if left, err := c.has(fileLeft); err != nil {
+		return err
+	} else if left { // and was cut off while it forgot
+		if err := c.sweep(); err != nil {
+			return errs.Wrap(err, "forget the node that left", c.Dir)
+		}
 	}
 	if was, err := c.has(dirBlocks); err != nil {
 		return err

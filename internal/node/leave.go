@@ -176,16 +176,33 @@ func (n *Node) farewell(ctx context.Context) error {
 }
 
 // forget removes what made the directory a node's. What it kept is on other
-// nodes: leaving has waited for that.
+// nodes: leaving has waited for that. If the first step fails, it is a node's
+// still, whole, which can forget again; after it, it is none's.
 func (c *Config) forget() error {
-	var failed error
-	for _, p := range []string{fileNode, dirBlocks, dirIdentity, dirGroups, dirLogins, fileBallast, fileLock} { // node.json first: without it there is no node
-		failed = errors.Join(failed, c.FS.RemoveAll(c.path(p)))
-		if p == fileNode || p == fileLock {
-			failed = errors.Join(failed, disk.SyncDir(c.FS, c.Dir))
-		}
+	err := c.FS.Rename(c.path(fileNode), c.path(fileLeft))
+	if err == nil {
+		err = disk.SyncDir(c.FS, c.Dir)
 	}
-	return errs.Wrap(failed, "forget the node", c.Dir)
+	if err == nil {
+		err = c.sweep()
+	}
+	if err == nil {
+		err = errors.Join(c.FS.RemoveAll(c.path(fileLock)), disk.SyncDir(c.FS, c.Dir))
+	}
+	return errs.Wrap(err, "forget the node", c.Dir)
+}
+
+// sweep removes what a node that has left kept, and at the end what says so. What
+// is cut off before is done by clear, when the directory is to be a node's again.
+func (c *Config) sweep() error {
+	var failed error
+	for _, p := range []string{dirBlocks, dirIdentity, dirGroups, dirLogins, fileBallast} {
+		failed = errors.Join(failed, c.FS.RemoveAll(c.path(p)))
+	}
+	if failed = errors.Join(failed, disk.SyncDir(c.FS, c.Dir)); failed != nil {
+		return failed
+	}
+	return c.FS.RemoveAll(c.path(fileLeft))
 }
 
 func firstLine(err error) string {
