@@ -18,6 +18,7 @@ type cache struct {
 	rights  map[principal.Principal]Rights
 	uses    map[uint64]usage
 	keys    map[string]keyMeta
+	history []uint64 // the keys of the history, in order; nil: not read yet
 }
 
 // keyMeta is a Key without its value.
@@ -77,4 +78,16 @@ func (t *txn) keyMeta(key string, dbKey []byte) keyMeta {
 		remember(t.cache.keys, cachedKeys, key, m)
 	}
 	return m
+}
+
+// history returns under which revisions events are kept, in order.
+func (t *txn) history() []uint64 {
+	if t.cache.history == nil {
+		lo := t.key(tagHistory)
+		t.scan(lo, after(lo), func(k, _ []byte) bool {
+			t.cache.history = append(t.cache.history, number(k, 0))
+			return true
+		})
+	}
+	return t.cache.history
 }

@@ -15,7 +15,7 @@
 // # Keys
 //
 // All keys begin with the group's prefix; numbers are eight bytes, big endian;
-// values are CBOR structs with integer keys.
+// values are CBOR structs with integer keys, but for events (appendEvents).
 //
 //	'i'                    Info: name and keys
 //	'c'                    Counters
@@ -30,9 +30,10 @@
 //	'p' uid                User
 //	'w' name               the user's uid
 //	'l' hash               LoginToken
-//	'h' slot               changes of one revision; slot is its remainder by MaxHistory
+//	'e' revision           events of one command, which brought the record to that revision
 //	'a' ring slot          Audit; ring 0 has the acts, ring 1 the refusals
-//	'u', 'v', 'd'          clients of before they belonged to nodes; cleared
+//	'u', 'v', 'd', 'h'     clients of before they belonged to nodes, events of before they
+//	                       stood together; cleared
 //
 // # Invariants
 //

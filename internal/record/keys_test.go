@@ -459,7 +459,76 @@ func TestCompactedChanges(t *testing.T) {
 	if es, err := r.view().Changes(now, 10); err != nil || len(es) != 1 || es[0].Kind != KindGrant {
 		t.Fatalf("%v %v", es, err)
 	}
+	// Of a command all events stay until the last is too old.
+	kept := func() (n int) {
+		s := r.view().s
+		lo := s.key(tagHistory)
+		s.scan(lo, after(lo), func([]byte, []byte) bool { n++; return true })
+		return n
+	}
+	if n := kept(); n != MaxHistory/MaxBatch+1 {
+		t.Fatalf("%d commands' events are kept", n)
+	}
+	for i := range MaxBatch - 1 {
+		if n := kept(); n != MaxHistory/MaxBatch+1+i {
+			t.Fatalf("%d commands' events are kept after %d more", n, i)
+		}
+		r.must(Command{GrantJobs: 1})
+	}
+	if n := kept(); n != MaxHistory/MaxBatch-1+MaxBatch {
+		t.Fatalf("%d commands' events are kept when the first are too old", n)
+	}
 	r.replay()
+}
+
+// TestHistoryWithAHole: what another program has left out is not passed over.
+func TestHistoryWithAHole(t *testing.T) {
+	r := founded(t)
+	defer r.close()
+	var ps []Put
+	for i := range 4 {
+		ps = append(ps, Put{Key: fmt.Sprintf("settings/%d", i)})
+	}
+	for range 3 {
+		r.must(Command{Batch: ps}) // revisions 2 to 5, 6 to 9, 10 to 13
+	}
+	s := store{prefix: space.Key()}
+	if err := r.db.Delete(s.key(tagHistory, 9), nil); err != nil {
+		t.Fatal(err)
+	}
+	if es, err := r.view().Changes(3, 100); err != nil || len(es) != 2 || es[1].Revision != 5 {
+		t.Fatalf("%v %v", es, err)
+	}
+	for _, rev := range []uint64{5, 7} {
+		if es, err := r.view().Changes(rev, 100); !errs.Has(err, errs.Stale) {
+			t.Fatalf("%v %v", es, err)
+		}
+	}
+	if es, err := r.view().Changes(9, 1); err != nil || len(es) != 1 || es[0].Revision != 10 {
+		t.Fatalf("%v %v", es, err)
+	}
+}
+
+// FuzzEvents decodes anything; what was understood is the same when encoded again.
+func FuzzEvents(f *testing.F) {
+	f.Add(uint64(9), appendEvents(nil, []Event{{7, KindKey, "a", false}, {7, KindUser, "", true}, {8, KindJob, strings.Repeat("7", 300), false}, {9, KindInfo, "", false}}))
+	f.Add(uint64(3), []byte{0, 1, 0, 0})
+	f.Add(uint64(3), []byte{5, 1, 0, 0})
+	f.Add(uint64(3), []byte{0, 1, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
+	f.Fuzz(func(t *testing.T, last uint64, b []byte) {
+		var events []Event
+		if decodeEvents(last, b, func(e Event) bool { events = append(events, e); return true }) != nil {
+			return
+		}
+		if len(events) == 0 {
+			t.Fatalf("%x is nothing", b)
+		}
+		again := appendEvents(nil, events)
+		var same []Event
+		if err := decodeEvents(last, again, func(e Event) bool { same = append(same, e); return true }); err != nil || !slices.Equal(events, same) {
+			t.Fatalf("%+v, again %+v: %v", events, same, err)
+		}
+	})
 }
 
 // oldState reads a state that an earlier version kept.
@@ -489,33 +558,49 @@ func oldState(t *testing.T, file string) *replica {
 	return r
 }
 
-// TestOldClientsAreCleared: what was kept of clients before they belonged to
-// nodes goes when the first new one comes, and nothing else does.
-func TestOldClientsAreCleared(t *testing.T) {
-	r := oldState(t, "testdata/layout-2.golden")
-	old := func() string {
-		var out strings.Builder
-		for line := range strings.Lines(dump(t, r.db, "")) {
-			if strings.IndexByte("uvd", line[0]) >= 0 {
-				out.WriteString(line)
+// TestOldLayoutsAreCleared: what was kept of clients before they belonged to
+// nodes, and of the changes when each revision had a key, goes when the first new
+// client comes, and nothing else does.
+func TestOldLayoutsAreCleared(t *testing.T) {
+	for file, gone := range map[string]string{"testdata/layout-2.golden": "uvdh", "testdata/layout-3.golden": "h"} {
+		r := oldState(t, file)
+		old := func() (n int) {
+			for line := range strings.Lines(dump(t, r.db, "")) {
+				if strings.IndexByte(gone, line[0]) >= 0 {
+					n++
+				}
 			}
+			return n
 		}
-		return out.String()
-	}
-	if old() == "" {
-		t.Fatal("the old state has no clients")
-	}
-	was := dump(t, r.db, "uvdc")
-	r.index, r.seq = 100, 100
-	r.must(Command{UpdateMember: &UpdateMember{Node: 2, State: Active}}) // is so already
-	if o := old(); o != "" {
-		t.Errorf("there are still\n%s", o)
-	}
-	if now := dump(t, r.db, "orc"); now != was {
-		t.Errorf("the rest is\n%s\nwas\n%s", now, was)
-	}
-	if n := r.info().Clients; n != 1 {
-		t.Errorf("%d clients", n)
+		if old() == 0 {
+			t.Fatalf("%s has nothing to be cleared", file)
+		}
+		was, clients := dump(t, r.db, gone+"orc"), r.info().Clients
+		if gone == "uvdh" {
+			clients = 0
+		}
+		rev := r.info().Revision
+		r.index, r.seq = 100, 100
+		c := Command{Client: 2, Seq: 1, UpdateMember: &UpdateMember{Node: 2, State: Active}} // is so already
+		if res := r.apply(c); res.Refusal.refused() {
+			t.Fatalf("%+v", res)
+		}
+		if n := old(); n != 0 {
+			t.Errorf("%s: %d keys are still there", file, n)
+		}
+		if now := dump(t, r.db, "orc"); now != was {
+			t.Errorf("%s: the rest is\n%s\nwas\n%s", file, now, was)
+		}
+		if n := r.info().Clients; n != clients+1 {
+			t.Errorf("%s: %d clients, before %d", file, n, clients)
+		}
+		if _, err := r.view().Changes(rev-1, 10); !errs.Has(err, errs.Stale) {
+			t.Errorf("%s: changes of before: %v", file, err)
+		}
+		r.must(Command{Put: &Put{Key: "settings/a"}})
+		if es, err := r.view().Changes(rev, 10); err != nil || len(es) != 1 || es[0].Key != "settings/a" {
+			t.Errorf("%s: %+v %v", file, es, err)
+		}
 	}
 }
 

@@ -155,6 +155,7 @@ type txn struct {
 	events []Event
 	use    map[uint64]*useChange
 	cache  *cache
+	buf    []byte // for encoding: what is set was copied
 }
 
 // set, save and delete are the store's; what is watched is noted on the way, so
@@ -243,7 +244,7 @@ func (t *txn) meet(c *Command, id clientID, cl client, known bool, acked uint64)
 // silent first. It finds them by looking at all of the node's: they are few, and
 // a new one comes with a daemon's start.
 func (t *txn) makeRoom(node ids.Node) {
-	t.dropOldClients()
+	t.dropOld()
 	for {
 		var n, oldest, last uint64
 		lo := t.key(tagClient, uint64(node))
@@ -279,22 +280,29 @@ func (t *txn) forgetNode(node ids.Node) {
 	})
 }
 
-// dropOldClients clears what was kept of clients when they belonged to nobody. A
-// daemon takes another number with each start, so none of them speaks again.
-func (t *txn) dropOldClients() {
-	old := false
-	lo := t.key(tagOldClientAt)
-	t.scan(lo, after(lo), func([]byte, []byte) bool { old = true; return false })
-	if !old {
-		return
+// dropOld clears what was kept of clients when they belonged to nobody, and of the
+// changes when each revision had a key. A daemon takes another number with each
+// start, so none of those clients speaks again; who follows the changes is told that
+// they are compacted.
+func (t *txn) dropOld() {
+	if t.dropAll(tagOldClientAt) {
+		t.dropAll(tagOldClient)
+		t.dropAll(tagOldResult)
+		t.count.Clients = 0
 	}
-	for _, tag := range []byte{tagOldClient, tagOldClientAt, tagOldResult} {
-		lo := t.key(tag)
+	t.dropAll(tagOldHistory)
+}
+
+// dropAll clears a family of keys, and reports whether there was one.
+func (t *txn) dropAll(tag byte) (some bool) {
+	lo := t.key(tag)
+	t.scan(lo, after(lo), func([]byte, []byte) bool { some = true; return false })
+	if some {
 		if err := t.w.DeleteRange(lo, after(lo), nil); err != nil {
 			fail(errs.IO, lo, err)
 		}
 	}
-	t.count.Clients = 0
+	return some
 }
 
 // admit finds out who asks and whether he may, and the time of the command.

@@ -25,13 +25,15 @@ const (
 	tagUser     = 'p'
 	tagUserName = 'w'
 	tagLogin    = 'l'
-	tagHistory  = 'h'
+	tagHistory  = 'e'
 	tagAudit    = 'a'
 
-	// Of before clients belonged to nodes; read by nobody, and cleared.
+	// Of before clients belonged to nodes, and of before a command's events stood
+	// under one key; read by nobody, and cleared.
 	tagOldClient   = 'u'
 	tagOldClientAt = 'v'
 	tagOldResult   = 'd'
+	tagOldHistory  = 'h'
 )
 
 // fault is what a store panics with when the state cannot be read, decoded or

@@ -1,6 +1,7 @@
 package record
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"strconv"
 
@@ -42,23 +43,6 @@ type Event struct {
 	Gone     bool   `cbor:"4,keyasint,omitempty"` // removed by this change
 }
 
-// change is what of an Event its slot keeps.
-type change struct {
-	_    struct{} `cbor:",toarray"`
-	Kind Kind
-	Gone bool
-	Key  []byte
-}
-
-// slot is where the changes of one revision are kept, until the one MaxHistory
-// revisions later takes its place: a ring costs one write for each revision,
-// and no search for what is too old.
-type slot struct {
-	_        struct{} `cbor:",toarray"`
-	Revision uint64
-	Changes  []change
-}
-
 // note makes an event of a write of what is watched.
 func (t *txn) note(key []byte, gone bool) {
 	rest := key[len(t.prefix)+1:]
@@ -94,20 +78,94 @@ func (t *txn) event(kind Kind, key string, gone bool) {
 	t.events = append(t.events, Event{Revision: rev, Kind: kind, Key: key, Gone: gone})
 }
 
-// saveEvents writes the slots of the command's revisions.
+// saveEvents writes the command's events under one key, that of its last
+// revision, and drops those that are told no more.
 func (t *txn) saveEvents() {
-	var s slot
-	for i, e := range t.events {
-		s.Revision = e.Revision
-		s.Changes = append(s.Changes, change{Kind: e.Kind, Gone: e.Gone, Key: []byte(e.Key)})
-		if i+1 == len(t.events) || t.events[i+1].Revision != e.Revision {
-			t.save(t.key(tagHistory, e.Revision%MaxHistory), s)
-			s.Changes = s.Changes[:0]
+	if len(t.events) == 0 {
+		return
+	}
+	kept := t.history()
+	last := t.events[len(t.events)-1].Revision
+	t.count.Revision = max(t.count.Revision, last) // whoever writes what is watched makes a revision
+	t.buf = appendEvents(t.buf[:0], t.events)
+	t.set(t.key(tagHistory, last), t.buf)
+	for len(kept) > 0 && kept[0] < oldestTold(last) {
+		t.delete(t.key(tagHistory, kept[0]))
+		kept = kept[1:]
+	}
+	t.cache.history = append(kept, last)
+}
+
+// appendEvents encodes the events of one command. Of each there are how many
+// revisions before the last of them it was, its kind, whether something is gone,
+// and the key behind its length.
+func appendEvents(b []byte, events []Event) []byte {
+	last := events[len(events)-1].Revision
+	for _, e := range events {
+		b = binary.AppendUvarint(b, last-e.Revision)
+		gone := byte(0)
+		if e.Gone {
+			gone = 1
+		}
+		b = append(b, byte(e.Kind), gone)
+		b = binary.AppendUvarint(b, uint64(len(e.Key)))
+		b = append(b, e.Key...)
+	}
+	return b
+}
+
+// decodeEvents calls fn with the events of one command, the last of which is of
+// revision last, until it returns false.
+func decodeEvents(last uint64, b []byte, fn func(Event) bool) error {
+	bad := func() error {
+		return errs.E(errs.Corrupt, "decode", "", "events to revision %d: %d bytes are left", last, len(b))
+	}
+	var rev uint64
+	for len(b) > 0 {
+		back, n := binary.Uvarint(b)
+		if n <= 0 || back >= last || len(b) < n+2 || b[n+1] > 1 {
+			return bad()
+		}
+		e := Event{Revision: last - back, Kind: Kind(b[n]), Gone: b[n+1] == 1}
+		if rev != 0 && e.Revision != rev && e.Revision != rev+1 {
+			return bad()
+		}
+		rev = e.Revision
+		b = b[n+2:]
+		size, n := binary.Uvarint(b)
+		if n <= 0 || size > uint64(len(b)-n) {
+			return bad()
+		}
+		e.Key = string(b[n:][:size])
+		b = b[n:][size:]
+		if !fn(e) {
+			return nil
 		}
 	}
-	if n := len(t.events); n > 0 { // whoever writes what is watched makes a revision
-		t.count.Revision = max(t.count.Revision, t.events[n-1].Revision)
+	if rev == 0 || rev != last {
+		return bad()
 	}
+	return nil
+}
+
+// oldestTold returns the oldest revision whose changes are told when now is the
+// last one.
+func oldestTold(now uint64) uint64 { return max(now, MaxHistory) - MaxHistory + 1 }
+
+// historyFrom calls fn with the events from a revision on, in order, until it
+// returns false. The first may be of an earlier one: a command's go together.
+func (s *store) historyFrom(rev uint64, fn func(Event) bool) {
+	s.scan(s.key(tagHistory, rev), after(s.key(tagHistory)), func(k, v []byte) bool {
+		more := true
+		err := decodeEvents(number(k, 0), v, func(e Event) bool {
+			more = fn(e)
+			return more
+		})
+		if err != nil {
+			fail(errs.Corrupt, k, err)
+		}
+		return more
+	})
 }
 
 // Changes returns what changed after a revision, in order: whole revisions, as
@@ -118,21 +176,28 @@ func (t *txn) saveEvents() {
 func (v View) Changes(after uint64, limit int) (out []Event, err error) {
 	defer caught(&err)
 	now, err := v.Revision()
-	if err != nil {
+	if err != nil || after >= now {
 		return nil, err
 	}
-	for rev := after + 1; rev <= now && len(out) < max(limit, 1); rev++ {
-		var s slot
-		if !v.s.load(v.s.key(tagHistory, rev%MaxHistory), &s) || s.Revision != rev {
-			if len(out) > 0 { // overtaken while reading
-				return out, nil
+	if after+1 >= oldestTold(now) {
+		last := after
+		v.s.historyFrom(after+1, func(e Event) bool {
+			switch {
+			case e.Revision <= after:
+				return true
+			case e.Revision > now || e.Revision > last+1: // written meanwhile; dropped meanwhile
+				return false
+			case e.Revision > last && len(out) >= max(limit, 1):
+				return false
 			}
-			return nil, errs.E(errs.Stale, "follow changes", "after revision "+strconv.FormatUint(after, 10),
-				"compacted: the oldest revision kept is %d", v.oldest(now))
-		}
-		for _, c := range s.Changes {
-			out = append(out, Event{Revision: rev, Kind: c.Kind, Key: string(c.Key), Gone: c.Gone})
-		}
+			last = e.Revision
+			out = append(out, e)
+			return true
+		})
+	}
+	if len(out) == 0 {
+		return nil, errs.E(errs.Stale, "follow changes", "after revision "+strconv.FormatUint(after, 10),
+			"compacted: the oldest revision kept is %d", v.oldest(now))
 	}
 	return out, nil
 }
@@ -140,15 +205,12 @@ func (v View) Changes(after uint64, limit int) (out []Event, err error) {
 // oldest returns the oldest revision of which the changes are kept, now+1 if of
 // none.
 func (v View) oldest(now uint64) uint64 {
-	rev := now + 1
-	for rev > 1 && rev+MaxHistory > now+1 {
-		var s slot
-		if !v.s.load(v.s.key(tagHistory, (rev-1)%MaxHistory), &s) || s.Revision != rev-1 {
-			break
-		}
-		rev--
-	}
-	return rev
+	oldest := now + 1
+	v.s.historyFrom(oldestTold(now), func(e Event) bool {
+		oldest = min(oldest, max(e.Revision, oldestTold(now)))
+		return false
+	})
+	return oldest
 }
 
 // Oldest returns the oldest revision of which the changes are kept; one more
