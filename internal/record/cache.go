@@ -17,7 +17,7 @@ type cache struct {
 	clients map[clientID]client
 	rights  map[principal.Principal]Rights
 	uses    map[uint64]usage
-	keys    map[string]keyMeta
+	keys    map[string]*keyMeta
 	history []uint64 // the keys of the history, in order; nil: not read yet
 }
 
@@ -34,7 +34,7 @@ func (m *Machine) cacheOf(index uint64) *cache {
 	c := m.cache
 	m.cache = nil
 	if c == nil || c.index != index {
-		c = &cache{clients: map[clientID]client{}, rights: map[principal.Principal]Rights{}, uses: map[uint64]usage{}, keys: map[string]keyMeta{}}
+		c = &cache{clients: map[clientID]client{}, rights: map[principal.Principal]Rights{}, uses: map[uint64]usage{}, keys: map[string]*keyMeta{}}
 	}
 	return c
 }
@@ -68,13 +68,14 @@ func (t *txn) rightsOf(who principal.Principal) (Rights, Refusal) {
 	return r, no
 }
 
-// keyMeta returns what is known of a key; all zero when there is none.
-func (t *txn) keyMeta(key string, dbKey []byte) keyMeta {
+// keyMeta returns what is known of a key, to be changed in place; all zero when
+// there is none.
+func (t *txn) keyMeta(key string, dbKey []byte) *keyMeta {
 	m, ok := t.cache.keys[key]
 	if !ok {
 		var k Key
 		t.load(dbKey, &k)
-		m = keyMeta{k.Create, k.Mod, k.Version, uint64(len(k.Value))}
+		m = &keyMeta{k.Create, k.Mod, k.Version, uint64(len(k.Value))}
 		remember(t.cache.keys, cachedKeys, key, m)
 	}
 	return m

@@ -4,6 +4,7 @@ import (
 	"strings"
 
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/wire"
 )
 
 // Limits of keys.
@@ -47,6 +48,23 @@ type Key struct {
 	Owner   uint32 `cbor:"5,keyasint,omitempty"` // whose key space it is in; settings: 0
 }
 
+// append encodes the key as wire.Marshal does: no other struct is written so often.
+func (k *Key) append(b []byte) []byte {
+	n := 4
+	if k.Owner != 0 {
+		n++
+	}
+	b = wire.AppendMap(b, n)
+	b = wire.AppendBytes(wire.AppendUint(b, 1), k.Value)
+	b = wire.AppendUint(wire.AppendUint(b, 2), k.Create)
+	b = wire.AppendUint(wire.AppendUint(b, 3), k.Mod)
+	b = wire.AppendUint(wire.AppendUint(b, 4), k.Version)
+	if k.Owner != 0 {
+		b = wire.AppendUint(wire.AppendUint(b, 5), uint64(k.Owner))
+	}
+	return b
+}
+
 // usage is what the keys of one space take.
 type usage struct {
 	Keys  uint64 `cbor:"1,keyasint"`
@@ -56,6 +74,14 @@ type usage struct {
 // settingsUse is under which usage the settings are counted: no uid.
 const settingsUse = 1 << 32
 
+// inKeys says which bytes a key may have.
+var inKeys = func() (in [256]bool) {
+	for _, c := range []byte("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/-_.~@:+=,%") {
+		in[c] = true
+	}
+	return in
+}()
+
 // checkKey judges the form of a key: segments of printable characters, as in a
 // path.
 func checkKey(key string) Refusal {
@@ -63,9 +89,7 @@ func checkKey(key string) Refusal {
 		return no(errs.TooLong, "a key of %d bytes, limit %d", len(key), MaxKey)
 	}
 	for i := range len(key) {
-		switch c := key[i]; {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.IndexByte("/-_.~@:+=,%", c) >= 0:
-		default:
+		if !inKeys[key[i]] {
 			return no(errs.Invalid, "key %q: letters, digits and / - _ . ~ @ : + = , %% only", shown(key))
 		}
 	}
@@ -85,7 +109,12 @@ func shown(s string) string {
 	return s
 }
 
-func (s *store) keyKey(key string) []byte { return append(s.key(tagKey), key...) }
+func (s *store) keyKey(key string) []byte { return s.appendKeyKey(nil, key) }
+
+// appendKeyKey is keyKey in memory that is there.
+func (s *store) appendKeyKey(b []byte, key string) []byte {
+	return append(append(append(b, s.prefix...), tagKey), key...)
+}
 
 // useChange is what a command did to the usage of a space.
 type useChange struct{ was, now usage }
@@ -123,19 +152,21 @@ func (t *txn) saveUsage() {
 	}
 }
 
-// find judges who may write the key, and returns what is there.
-func (t *txn) find(key string, expect *uint64) (dbKey []byte, was keyMeta, space uint64, r Refusal) {
+// find judges who may write the key, and returns what is there, to be changed in
+// place. Of the database's key the next find makes another.
+func (t *txn) find(key string, expect *uint64) (dbKey []byte, was *keyMeta, space uint64, r Refusal) {
 	if r := checkKey(key); r.refused() {
-		return nil, was, 0, r
+		return nil, &keyMeta{}, 0, r
 	}
 	if r := t.rights.mayWrite(key); r.refused() {
-		return nil, was, 0, r
+		return nil, &keyMeta{}, 0, r
 	}
 	uid, settings, _ := keySpace(key)
 	if space = uint64(uid); settings {
 		space = settingsUse
 	}
-	dbKey = t.keyKey(key)
+	t.dbKey = t.appendKeyKey(t.dbKey[:0], key)
+	dbKey = t.dbKey
 	was = t.keyMeta(key, dbKey)
 	switch {
 	case expect == nil || *expect == was.mod:
@@ -174,8 +205,9 @@ func (t *txn) put(p *Put) (mod uint64, r Refusal) {
 		k.create = k.mod
 	}
 	owner := uint32(space) // 0 of the settings
-	t.save(dbKey, Key{Value: p.Value, Create: k.create, Mod: k.mod, Version: k.version, Owner: owner})
-	remember(t.cache.keys, cachedKeys, p.Key, k)
+	t.buf = (&Key{Value: p.Value, Create: k.create, Mod: k.mod, Version: k.version, Owner: owner}).append(t.buf[:0])
+	t.set(dbKey, t.buf)
+	*was = k
 	return k.mod, done
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
+	"github.com/unum-os/unum/internal/wire"
 )
 
 func at(rev uint64) *uint64 { return &rev }
@@ -527,6 +529,25 @@ func FuzzEvents(f *testing.F) {
 		var same []Event
 		if err := decodeEvents(last, again, func(e Event) bool { same = append(same, e); return true }); err != nil || !slices.Equal(events, same) {
 			t.Fatalf("%+v, again %+v: %v", events, same, err)
+		}
+	})
+}
+
+// TestKeysAreEncodedAsEverything: Key.append gives what the codec gives.
+func TestKeysAreEncodedAsEverything(t *testing.T) {
+	if n := reflect.TypeFor[Key]().NumField(); n != 6 {
+		t.Fatalf("a Key has %d fields: is the new one encoded?", n)
+	}
+	rapid.Check(t, func(rt *rapid.T) {
+		number := func(name string) uint64 {
+			return rapid.Uint64().Draw(rt, name) >> rapid.IntRange(0, 63).Draw(rt, "less of "+name)
+		}
+		k := Key{Create: number("create"), Mod: number("mod"), Version: number("version"), Owner: uint32(number("owner"))}
+		if size := rapid.SampledFrom([]int{-1, 0, 1, 23, 24, 255, 256, MaxValue}).Draw(rt, "size"); size >= 0 {
+			k.Value = bytes.Repeat([]byte("v"), size)
+		}
+		if got, want := k.append([]byte("x")), wire.MustMarshal(k); !bytes.Equal(got[1:], want) {
+			rt.Fatalf("%+v: got %x want %x", k, got, want)
 		}
 	})
 }

@@ -155,6 +155,7 @@ type txn struct {
 	events []Event
 	use    map[uint64]*useChange
 	cache  *cache
+	dbKey  []byte // see find
 	buf    []byte // for encoding: what is set was copied
 }
 

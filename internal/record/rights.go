@@ -134,7 +134,7 @@ func keySpace(key string) (uid uint32, settings, ok bool) {
 	rest, ok := strings.CutPrefix(key, "user/")
 	num, _, slash := strings.Cut(rest, "/")
 	n, err := strconv.ParseUint(num, 10, 32)
-	if !ok || !slash || err != nil || n == principal.NoUID || strconv.FormatUint(n, 10) != num {
+	if !ok || !slash || err != nil || n == principal.NoUID || len(num) > 1 && num[0] == '0' { // one way to write it
 		return 0, false, false
 	}
 	return uint32(n), false, true

@@ -66,3 +66,30 @@ func FuzzReadFrame(f *testing.F) {
 		}
 	})
 }
+
+func FuzzAppend(f *testing.F) {
+	for i := range 65 {
+		f.Add(uint64(1)<<i-1, []byte("x"))
+		f.Add(uint64(1)<<i, make([]byte, i*5))
+	}
+	f.Fuzz(func(t *testing.T, n uint64, v []byte) {
+		if v = v[:min(len(v), 300)]; len(v) == 0 {
+			v = nil
+		}
+		for _, v := range [][]byte{v, bytes.Repeat(v, 300), {}} {
+			want := MustMarshal(map[uint64]any{n: v})
+			if got := AppendBytes(AppendUint(AppendMap([]byte{7}, 1), n), v); !bytes.Equal(got[1:], want) || got[0] != 7 {
+				t.Fatalf("%d: %x, %d bytes: got %x want %x", n, v, len(v), got, want)
+			}
+		}
+		for _, n := range []int{int(n % 30), int(n % 300)} {
+			m := map[int]bool{}
+			for i := range n {
+				m[i] = true
+			}
+			if got, want := AppendMap(nil, n), MustMarshal(m); !bytes.HasPrefix(want, got) || len(want) != len(got)+2*n+max(0, n-24)+max(0, n-256) {
+				t.Fatalf("%d pairs: got %x want %x", n, got, want)
+			}
+		}
+	})
+}
