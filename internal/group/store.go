@@ -17,7 +17,7 @@ import (
 // Sizes of the databases: an idle node should stay under 50 MB in all, and both
 // databases live in the Go heap.
 const (
-	cacheBytes    = 8 << 20 // blocks of both databases together
+	cacheBytes    = 8 << 20  // blocks of both databases together
 	memtableBytes = 16 << 20 // each, grown into; up to four may wait for their flush
 	maxOpenFiles  = 256
 )
