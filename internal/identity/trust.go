@@ -25,8 +25,10 @@ type Trust struct {
 
 // Peer is what a certificate proves.
 type Peer struct {
-	Node ids.Node
-	Role Role
+	Node  ids.Node
+	Role  Role
+	Key   [32]byte  // SHA-256 of its public key, which stays the node's for life
+	Until time.Time // when the certificate ends
 }
 
 // ParseTrust reads the authority's certificate (PEM). It does not ask whether
@@ -103,7 +105,11 @@ func (t *Trust) read(leaf *x509.Certificate) (Peer, error) {
 	if err != nil || len(leaf.Subject.OrganizationalUnit) != 1 {
 		return Peer{}, bad("not a node's")
 	}
-	return Peer{Node: n, Role: Role(leaf.Subject.OrganizationalUnit[0])}, nil
+	pub, ok := leaf.PublicKey.(ed25519.PublicKey)
+	if !ok {
+		return Peer{}, bad("its key is not of the kind that nodes have")
+	}
+	return Peer{Node: n, Role: Role(leaf.Subject.OrganizationalUnit[0]), Key: sha256.Sum256(pub), Until: leaf.NotAfter}, nil
 }
 
 // Holder is the certificate and key that a running node shows. Swap exchanges

@@ -111,7 +111,7 @@ func (n *Node) guard(ctx context.Context, g *guardian) {
 	}
 	if !slices.Contains(st.Voters, n.id) {
 		given := time.Unix(0, n.entrusted.Load())
-		if has && !n.disk.Founding && time.Since(g.since) > keepKeyFor && time.Since(given) > keepKeyFor {
+		if has && !n.disk.snapshot().Founding && time.Since(g.since) > keepKeyFor && time.Since(given) > keepKeyFor {
 			err := n.cfg.FS.Remove(n.cfg.path(fileCAKey))
 			if err == nil {
 				err = disk.SyncDir(n.cfg.FS, n.cfg.path(dirIdentity))

@@ -20,20 +20,31 @@ var open = map[identity.Role][]string{
 	identity.RoleClient:  {methodSelf, methodMembers, methodRenew, methodForward, methodRead, methodLogin, methodRelogin},
 }
 
+// toStrangers lists what a node may ask for of which nothing is known here yet: see
+// strangers.go.
+var toStrangers = []string{methodSelf, methodRenew}
+
 func permit(role identity.Role, what string) bool {
 	return role == identity.RoleStore || slices.Contains(open[role], what)
 }
 
 // permitted is the endpoint's question; what is refused goes into the audit.
-func (n *Node) permitted(p identity.Peer, what string) bool {
+func (n *Node) permitted(p identity.Peer, what string) error {
+	if !n.isKnown(p.Node) {
+		if slices.Contains(toStrangers, what) {
+			return nil
+		}
+		n.strangers.meet(p.Node)
+		return errs.E(errs.Unavailable, "", "", "%v is not known here yet", p.Node)
+	}
 	if permit(p.Role, what) {
-		return true
+		return nil
 	}
+	no := errs.E(errs.Unauthorized, "", "", "%v is a %s node, which may not ask for it", p.Node, p.Role)
 	if n.disk.Role == record.RoleStore && n.record != nil {
-		go n.refused(context.Background(), principal.Of(p.Node), "ask for "+what, p.Node,
-			errs.E(errs.Unauthorized, "", "", "a %s node may not ask for it", p.Role))
+		go n.refused(context.Background(), principal.Of(p.Node), "ask for "+what, p.Node, no)
 	}
-	return false
+	return no
 }
 
 // believe checks who asks, as the node from says it, and proves it if it has to.

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io/fs"
+	"sync"
+	"sync/atomic"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
@@ -24,7 +26,43 @@ type nodeFile struct {
 	Role     record.Role       `json:"role"`
 	Addr     string            `json:"addr"`
 	Founding bool              `json:"founding,omitempty"` // the record has yet to be written
-	Peers    map[string]string `json:"peers,omitempty"`    // node -> address, as last known
+	Peers    map[string]string `json:"peers,omitempty"`    // those that store -> address, as last known
+	// Revision is, on a node without the record, that at which it said so.
+	Revision uint64 `json:"revision,omitempty"`
+}
+
+// remembered is node.json of a running node. What it begins with stays as it is;
+// the rest is read as a whole, and changed as a whole with the file.
+type remembered struct {
+	Cluster string
+	Node    ids.Node
+	Role    record.Role
+	Addr    string
+
+	changing sync.Mutex
+	now      atomic.Pointer[nodeFile]
+}
+
+func remember(d nodeFile) *remembered {
+	r := &remembered{Cluster: d.Cluster, Node: d.Node, Role: d.Role, Addr: d.Addr}
+	r.now.Store(&d)
+	return r
+}
+
+// snapshot returns what the file says now. Nobody changes the map in it.
+func (r *remembered) snapshot() nodeFile { return *r.now.Load() }
+
+// change has f change a copy, saves it, and makes it what is remembered.
+func (r *remembered) change(c *Config, f func(*nodeFile)) error {
+	r.changing.Lock()
+	defer r.changing.Unlock()
+	d := r.snapshot()
+	f(&d)
+	if err := c.saveFile(d); err != nil {
+		return err
+	}
+	r.now.Store(&d)
+	return nil
 }
 
 const (

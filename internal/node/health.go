@@ -23,7 +23,7 @@ import (
 // conditions returns what is wrong, as this node sees it: the one list behind
 // status, its JSON, health and the metrics. It asks nobody.
 func (n *Node) conditions() []health.Condition {
-	in := health.Input{Self: n.id, Mount: n.cfg.Mount, Certificate: time.Until(n.holder.NotAfter()), Renewed: renewBefore / 2, Clocks: n.clocks.ahead(), Metrics: n.metrics.Err()}
+	in := health.Input{Self: n.id, Mount: n.cfg.Mount, Certificate: n.holder.NotAfter().Sub(n.cfg.Clock.Wall()), Renewed: renewBefore / 2, Clocks: n.clocks.ahead(), Metrics: n.metrics.Err()}
 	var dead map[ids.Node]time.Duration
 	if n.members != nil {
 		dead = n.members.Dead()

@@ -252,8 +252,7 @@ func (n *Node) finishFounding(ctx context.Context) error {
 	if _, err := n.record.do(ctx, record.Command{Init: &init}); err != nil && !errs.Has(err, errs.Exists) {
 		return err
 	}
-	n.disk.Founding = false
-	return n.cfg.saveFile(n.disk)
+	return n.disk.change(&n.cfg, func(d *nodeFile) { d.Founding = false })
 }
 
 // serveDoor answers machines that have no certificate, or none that holds: by

@@ -56,7 +56,7 @@ const (
 type Node struct {
 	cfg     Config
 	id      ids.Node
-	disk    nodeFile
+	disk    *remembered
 	lock    io.Closer // of the data directory
 	holder  *identity.Holder
 	ballast *ballast
@@ -91,12 +91,16 @@ type Node struct {
 	leaderless map[ids.Group]*leaderless
 
 	known     atomic.Pointer[map[ids.Node]record.Member] // the record's members
+	roster    sync.Mutex                                 // over changes of known
+	revision  uint64                                     // of the record at which known is true; by roster
+	strangers *strangers                                 // that show a good certificate
 	stir      chan struct{}                              // holds one: the steward should look
 	rung      bell                                       // the record has changed
 	entrusted atomic.Int64                               // when it was given the authority's key, Unix ns
 	knocks    knocks                                     // on the door, of late
 	logins    logins                                     // of a client node's users
 	heard     atomic.Pointer[[]ids.Node]                 // who is alive, as a client node was told
+	asked     atomic.Uint64                              // how often for the members
 	turn      atomic.Uint64
 	mounted   atomic.Bool
 	goes      atomic.Bool             // it leaves for good when it stops
@@ -131,7 +135,7 @@ func Open(cfg Config) (n *Node, err error) {
 		return nil, err
 	}
 	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now(), grace: grace, stir: make(chan struct{}, 1),
-		clockEvery: clockEvery, leaderless: map[ids.Group]*leaderless{}}
+		clockEvery: clockEvery, leaderless: map[ids.Group]*leaderless{}, strangers: newStrangers()}
 	n.known.Store(&map[ids.Node]record.Member{})
 	var undo []func() error
 	defer func() {
@@ -149,18 +153,19 @@ func Open(cfg Config) (n *Node, err error) {
 		}
 		undo = append(undo, n.lock.Close)
 	}
-	if n.disk, err = cfg.loadFile(); err != nil {
+	d, err := cfg.loadFile()
+	if err != nil {
 		return nil, err
 	}
 	if cfg.Addr != "" { // it may have moved
-		if n.disk.Addr, err = address(cfg.Addr, ""); err != nil {
+		if d.Addr, err = address(cfg.Addr, ""); err != nil {
 			return nil, err
 		}
 	}
-	n.id = n.disk.Node
-	if n.holder, n.volumeKey, err = cfg.loadIdentity(n.disk); err != nil {
+	if n.holder, n.volumeKey, err = cfg.loadIdentity(d); err != nil {
 		return nil, err
 	}
+	n.id, n.disk, n.revision = d.Node, remember(d), d.Revision
 	if cfg.shift != nil {
 		clock.Use(cfg.shift)
 	}
@@ -346,7 +351,7 @@ func (n *Node) parts() []part {
 	if n.host != nil {
 		ps = append(ps, part{partGroups, n.host.Run}, part{"members", n.members.Run}, part{"clocks", n.watchClocks})
 	}
-	ps = append(ps, part{"farewell", n.farewell})
+	ps = append(ps, part{"strangers", n.lookUp}, part{"farewell", n.farewell})
 	if n.disk.Role != record.RoleStore {
 		return append(ps, part{"seek", n.seek}, part{"follow", n.follow}, part{"steward", n.steward}, part{"control", n.ctl.Run})
 	}
@@ -444,7 +449,7 @@ func (n *Node) followClock(ctx context.Context) error {
 // waits for the end of ctx.
 func (n *Node) seek(ctx context.Context) error {
 	var peers []ids.Node
-	for name := range n.disk.Peers {
+	for name := range n.disk.snapshot().Peers {
 		if p, err := ids.ParseNode(name); err == nil {
 			peers = append(peers, p)
 		}
@@ -459,7 +464,7 @@ func (n *Node) seek(ctx context.Context) error {
 			n.cfg.Log.Warn("no other node answers yet", "err", err)
 		}
 	}
-	for n.disk.Founding && ctx.Err() == nil {
+	for n.disk.snapshot().Founding && ctx.Err() == nil {
 		if err := n.finishFounding(ctx); err != nil && ctx.Err() == nil {
 			n.cfg.Log.Warn("the cluster's record is not written yet", "err", err)
 			pause(ctx, 100*time.Millisecond)
@@ -512,25 +517,44 @@ func (n *Node) runMount(ctx context.Context) error {
 }
 
 // refreshMembers reads the members anew, from this node's replica of the record.
-func (n *Node) refreshMembers() {
+func (n *Node) refreshMembers() error {
 	if n.disk.Role != record.RoleStore {
-		return
+		return nil
 	}
-	ms, err := n.record.view().Members()
+	l, err := n.memberList()
 	if err != nil {
 		n.cfg.Log.Error("cannot read the members", "err", err)
-		return
+		return err
 	}
-	n.setMembers(ms)
+	n.setMembers(l)
+	return nil
 }
 
-func (n *Node) setMembers(ms []record.Member) {
-	m := make(map[ids.Node]record.Member, len(ms))
-	for _, x := range ms {
+// memberList returns the members as this replica has them.
+func (n *Node) memberList() (l memberList, err error) {
+	v := n.record.view()
+	if l.Revision, err = v.Revision(); err == nil { // before the members, which may then be newer
+		l.Members, err = v.Members()
+	}
+	return l, err
+}
+
+// setMembers makes a list what is known, unless it is older than what is; it
+// reports whether it has.
+func (n *Node) setMembers(l memberList) bool {
+	m := make(map[ids.Node]record.Member, len(l.Members))
+	for _, x := range l.Members {
 		m[x.ID] = x
 	}
+	n.roster.Lock()
+	defer n.roster.Unlock()
+	if l.Revision < n.revision {
+		return false
+	}
+	n.revision = l.Revision
 	n.known.Store(&m)
 	n.nudge()
+	return true
 }
 
 // resolve returns a node's address.
@@ -538,21 +562,8 @@ func (n *Node) resolve(p ids.Node) (string, bool) {
 	if m, ok := (*n.known.Load())[p]; ok {
 		return m.Addr, m.Addr != ""
 	}
-	a, ok := n.disk.Peers[p.String()]
+	a, ok := n.disk.snapshot().Peers[p.String()]
 	return a, ok
-}
-
-// allowed reports whether a node with a good certificate is a member still. A
-// node that has not heard of the members yet believes the certificate.
-func (n *Node) allowed(p ids.Node) bool {
-	known := *n.known.Load()
-	m, ok := known[p]
-	if !ok {
-		// Its joining may not have reached this replica yet: the certificate says
-		// that it happened. One that was put out is known, with that state.
-		return true
-	}
-	return m.State.Belongs()
 }
 
 // alive reports whether a node is believed to be. Client nodes take no part in
@@ -648,7 +659,7 @@ func (n *Node) askFirst() []ids.Node {
 		}
 	}
 	if len(out) == 0 { // nobody is known yet but whom the joining named
-		for name := range n.disk.Peers {
+		for name := range n.disk.snapshot().Peers {
 			if p, err := ids.ParseNode(name); err == nil {
 				out = append(out, p)
 			}

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"time"
 
@@ -21,8 +22,9 @@ const (
 )
 
 type memberList struct {
-	Members []record.Member `cbor:"1,keyasint"`
-	Alive   []ids.Node      `cbor:"2,keyasint"` // as the node that answers believes
+	Members  []record.Member `cbor:"1,keyasint"`
+	Alive    []ids.Node      `cbor:"2,keyasint"` // as the node that answers believes
+	Revision uint64          `cbor:"3,keyasint"` // of the record of which this is true
 }
 
 // servePeers registers what every node answers.
@@ -50,14 +52,13 @@ func (n *Node) servePeers() {
 		return r, nil, err
 	})
 	n.ep.Handle(methodMembers, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
-		ms, err := n.record.view().Members()
-		var alive []ids.Node
-		for _, m := range ms {
+		l, err := n.memberList()
+		for _, m := range l.Members {
 			if m.State.Belongs() && n.alive(m.ID) {
-				alive = append(alive, m.ID)
+				l.Alive = append(l.Alive, m.ID)
 			}
 		}
-		return memberList{ms, alive}, nil, err
+		return l, nil, err
 	})
 }
 
@@ -66,14 +67,19 @@ const (
 	// followAgain how soon it asks again when nobody has answered.
 	followEvery = 5 * time.Second
 	followAgain = 500 * time.Millisecond
+	// membersAsked is how many nodes are asked at a time, in turn: one may be cut
+	// off, and what it says be old.
+	membersAsked = 3
 )
 
 // follow keeps the members known on a node that has no replica of the record.
 func (n *Node) follow(ctx context.Context) error {
 	for ctx.Err() == nil {
 		wait := followEvery
-		if err := n.askMembers(ctx); err != nil {
-			n.cfg.Log.Debug("members not known anew", "err", err)
+		if err := n.askMembers(ctx); errs.Has(err, errs.Stale) {
+			n.cfg.Log.Warn("the members are not known anew", "err", err)
+		} else if err != nil {
+			n.cfg.Log.Debug("the members are not known anew", "err", err)
 			wait = followAgain
 		} else if (*n.known.Load())[n.id].State != record.Active { // soon it is
 			wait = followAgain
@@ -83,39 +89,82 @@ func (n *Node) follow(ctx context.Context) error {
 	return nil
 }
 
+// askMembers asks some of the nodes that store for the members: all of them after
+// the start, when one that was put out meanwhile may be among them. Of what they
+// say the newest counts, and of two equally new, who believes more to be alive.
+// Class Stale: all of it is older than what is known.
 func (n *Node) askMembers(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	err := error(errs.E(errs.Unavailable, "ask for the members", "", "no storing node is known"))
-	for _, p := range n.askFirst() {
-		var r memberList
-		if _, err = n.ep.Call(ctx, p, methodMembers, nil, nil, &r); err != nil {
+	ask := slices.DeleteFunc(n.askFirst(), func(p ids.Node) bool { return p == n.id })
+	if many := len(ask); many > membersAsked && len(*n.known.Load()) > 0 {
+		first := int(n.asked.Add(1)) % many
+		ask = append(ask[first:], ask[:first]...)[:membersAsked]
+	}
+	type answer struct {
+		from ids.Node
+		list memberList
+		err  error
+	}
+	answers := make(chan answer, len(ask))
+	for _, p := range ask {
+		go func() {
+			a := answer{from: p}
+			_, a.err = n.ep.Call(ctx, p, methodMembers, nil, nil, &a.list)
+			answers <- a
+		}()
+	}
+	failed := error(errs.E(errs.Unavailable, "ask for the members", "", "no storing node is known"))
+	var best memberList
+	taken := false
+	for range ask {
+		a := <-answers
+		if a.err == nil && taken && (a.list.Revision < best.Revision || a.list.Revision == best.Revision && len(a.list.Alive) <= len(best.Alive)) {
 			continue
 		}
-		n.heard.Store(&r.Alive)
-		n.setMembers(r.Members)
-		return n.notePeers(r.Members)
+		if a.err == nil {
+			a.err = n.takeList(a.from, &a.list)
+		}
+		switch {
+		case a.err == nil:
+			best, taken = a.list, true
+		case !errs.Has(failed, errs.Stale):
+			failed = a.err
+		}
 	}
-	return err
+	if taken {
+		return nil
+	}
+	return failed
 }
 
-// notePeers keeps the addresses of the storing nodes for the next start.
-func (n *Node) notePeers(ms []record.Member) error {
+// takeList makes what a node said of the members what is known here.
+func (n *Node) takeList(from ids.Node, l *memberList) error {
+	if m, ok := n.believed(from); !ok || !m.State.Belongs() || m.Role != record.RoleStore { // as the list in hand has it by now
+		return errs.E(errs.Unauthorized, "take the list of members", from.String(), "it is no storing member")
+	}
+	if !n.setMembers(*l) {
+		return errs.E(errs.Stale, "take the list of members", from.String(), "it is as of revision %d of the record, this node knows a later one", l.Revision).
+			WithRemedy("if the cluster was brought back from a copy: remove this node, and join again")
+	}
+	n.heard.Store(&l.Alive)
+	return n.notePeers(l)
+}
+
+// notePeers keeps the addresses of the storing nodes for the next start of a node
+// that has no record.
+func (n *Node) notePeers(l *memberList) error {
 	peers := map[string]string{}
-	for _, m := range ms {
+	for _, m := range l.Members {
 		if m.State.Belongs() && m.Role == record.RoleStore {
 			peers[m.ID.String()] = m.Addr
 		}
 	}
-	same := len(peers) == len(n.disk.Peers)
-	for k, v := range peers {
-		same = same && n.disk.Peers[k] == v
-	}
-	if same || len(peers) == 0 {
+	was := n.disk.snapshot()
+	if n.disk.Role == record.RoleStore || len(peers) == 0 || was.Revision != 0 && maps.Equal(peers, was.Peers) {
 		return nil
 	}
-	n.disk.Peers = peers
-	return n.cfg.saveFile(n.disk)
+	return n.disk.change(&n.cfg, func(d *nodeFile) { d.Peers, d.Revision = peers, l.Revision })
 }
 
 // placed reports whether a member has its place in the record's group.

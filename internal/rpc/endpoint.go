@@ -41,15 +41,17 @@ type Config struct {
 	// Resolve gives the address (host:port) at which a node listens. Called at
 	// each dialling, concurrently.
 	Resolve func(ids.Node) (addr string, ok bool)
-	// Allowed reports whether a node with a valid certificate is (still) a member;
-	// nil allows all. Called often and concurrently: it must be quick. When it
-	// turns false, connections end within a second.
-	Allowed func(ids.Node) bool
-	// Permit reports whether a peer may call the method, send the cast, or open the
-	// stream of that name; nil permits all.
-	Permit func(p identity.Peer, what string) bool
+	// Allowed reports whether who shows a valid certificate is (still) the member
+	// that it names; before a peer is dialled only its Node is known. Nil allows all.
+	// Called often and concurrently: it must be quick. When it turns false,
+	// connections end within a second.
+	Allowed func(identity.Peer) bool
+	// Permit returns why a peer may not call the method, send the cast, or open the
+	// stream of that name; nil permits all. It must be quick.
+	Permit func(p identity.Peer, what string) error
 	// Clock tells whether certificates hold; nil: the machine's. Nothing else here
-	// looks at the time of day: connections outlive its jumps.
+	// looks at the time of day: connections outlive its jumps, if the certificates
+	// do.
 	Clock clock.Clock
 	Log   *slog.Logger
 }
@@ -97,6 +99,9 @@ type Endpoint struct {
 	links map[*link]struct{}
 	live  map[ids.Node]int      // links per peer
 	dirty map[ids.Node]struct{} // peers whose liveness may have changed
+	// proven is, of the certificates that a peer with links has shown, the last to end.
+	proven  map[ids.Node]identity.Peer
+	renewed time.Duration // renewedWithin; tests change it
 }
 
 // New makes an endpoint and begins to listen; nothing is accepted before Run.
@@ -106,10 +111,10 @@ func New(cfg Config) (*Endpoint, error) {
 		return nil, errs.E(errs.Invalid, "start endpoint", cfg.Self.String(), "the certificate is %v's", cfg.Cert.Node())
 	}
 	if cfg.Allowed == nil {
-		cfg.Allowed = func(ids.Node) bool { return true }
+		cfg.Allowed = func(identity.Peer) bool { return true }
 	}
 	if cfg.Permit == nil {
-		cfg.Permit = func(identity.Peer, string) bool { return true }
+		cfg.Permit = func(identity.Peer, string) error { return nil }
 	}
 	if cfg.Clock == nil {
 		cfg.Clock = clock.Real
@@ -125,6 +130,7 @@ func New(cfg Config) (*Endpoint, error) {
 		cfg: cfg, lis: lis, self: newQueue(castLimit), stir: make(chan struct{}, 1),
 		calls: make(map[string]Handler), bulk: make(map[string]bool), casts: make(map[string]CastHandler), streams: make(map[string]StreamHandler),
 		peers: make(map[ids.Node]*peer), links: make(map[*link]struct{}), live: make(map[ids.Node]int), dirty: make(map[ids.Node]struct{}),
+		proven: make(map[ids.Node]identity.Peer), renewed: renewedWithin,
 	}
 	e.ctx, e.cancel = context.WithCancelCause(context.Background())
 	return e, nil

@@ -37,7 +37,7 @@ const (
 type link struct {
 	e       *Endpoint
 	peer    ids.Node
-	role    identity.Role // of the peer, on the side that answers
+	shown   identity.Peer // what its certificate proved
 	lane    laneKind
 	dialled bool
 	addr    string // that was dialled
@@ -48,6 +48,7 @@ type link struct {
 	cancel  context.CancelCauseFunc
 	ping    func() // asks the peer for a sign of life; never blocks
 
+	over    int64 // when the watch first saw that the certificate had ended; the watch's
 	made    time.Time
 	waiting atomic.Int64 // answers or streams waited for
 	serving atomic.Int64 // streams served, or calls whose answers have no room yet
@@ -64,8 +65,8 @@ type reply struct {
 	err  error
 }
 
-func (e *Endpoint) newLink(peer ids.Node, lane laneKind, dialled bool, raw *rawConn, conn net.Conn) *link {
-	l := &link{e: e, peer: peer, lane: lane, dialled: dialled, raw: raw, conn: conn, out: newQueue(sendLimit), made: time.Now(),
+func (e *Endpoint) newLink(peer identity.Peer, lane laneKind, dialled bool, raw *rawConn, conn net.Conn) *link {
+	l := &link{e: e, peer: peer.Node, shown: peer, lane: lane, dialled: dialled, raw: raw, conn: conn, out: newQueue(sendLimit), made: time.Now(),
 		calls: make(map[uint64]chan reply), hands: make(map[uint64]context.CancelFunc)}
 	l.ctx, l.cancel = context.WithCancelCause(e.ctx)
 	l.ping = func() { l.out.put(frame{typ: framePing}, true) }
@@ -88,10 +89,7 @@ func (l *link) close(err error) {
 
 // permit refuses what the peer may not ask for.
 func (l *link) permit(what string) error {
-	if l.e.cfg.Permit(identity.Peer{Node: l.peer, Role: l.role}, what) {
-		return nil
-	}
-	return errs.E(errs.Unauthorized, what, l.e.cfg.Self.String(), "%v is a %s node, which may not ask for it", l.peer, l.role)
+	return errs.Wrap(l.e.cfg.Permit(l.shown, what), what, l.e.cfg.Self.String())
 }
 
 func (l *link) alive() bool { return l.ctx.Err() == nil }

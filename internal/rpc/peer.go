@@ -3,6 +3,7 @@ package rpc
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"net"
 	"slices"
@@ -12,6 +13,7 @@ import (
 	"github.com/hashicorp/yamux"
 
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/wire"
 )
@@ -214,7 +216,7 @@ func (n *lane) cast(method string, f frame) error {
 func (e *Endpoint) connect(to ids.Node, kind laneKind) (*link, *yamux.Session, error) {
 	ctx, cancel := context.WithTimeout(e.ctx, dialLimit)
 	defer cancel()
-	if !e.cfg.Allowed(to) {
+	if !e.cfg.Allowed(identity.Peer{Node: to}) {
 		return nil, nil, errs.E(errs.Unauthorized, "connect", to.String(), "not a member of this cluster")
 	}
 	addr, ok := e.cfg.Resolve(to)
@@ -246,12 +248,16 @@ func (e *Endpoint) connect(to ids.Node, kind laneKind) (*link, *yamux.Session, e
 	if err == nil && !stop() {
 		err = context.Cause(ctx)
 	}
+	var shown identity.Peer
+	if err == nil { // the handshake verified the chain: this reads it
+		shown, err = e.cfg.Cert.Trust().Verify(conn.ConnectionState().PeerCertificates, x509.ExtKeyUsageServerAuth, e.cfg.Clock.Wall())
+	}
 	if err != nil {
 		c.Close()
 		return nil, nil, connectError(to, err)
 	}
 	c.SetDeadline(time.Time{})
-	l := e.newLink(to, kind, true, raw, conn)
+	l := e.newLink(shown, kind, true, raw, conn)
 	l.addr = addr
 	if kind != laneMux {
 		return l, nil, nil

@@ -172,7 +172,7 @@ func TestAnswersNotRead(t *testing.T) {
 	})
 	near, far := net.Pipe()
 	raw := newRawConn(near, 4096, &counts{})
-	l := e.newLink(2, laneCall, false, raw, raw)
+	l := e.newLink(identity.Peer{Node: 2}, laneCall, false, raw, raw)
 	done := make(chan struct{})
 	go func() { l.run(); close(done) }()
 	const calls = 4 * callsInHand
@@ -240,7 +240,7 @@ func FuzzLink(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte, lane uint8, dialled bool) {
 		near, far := net.Pipe()
 		raw := newRawConn(near, 4096, &counts{})
-		l := e.newLink(2, laneKind(lane%uint8(laneMux)), dialled, raw, raw)
+		l := e.newLink(identity.Peer{Node: 2}, laneKind(lane%uint8(laneMux)), dialled, raw, raw)
 		sink := make(chan struct{})
 		go func() { io.Copy(io.Discard, far); close(sink) }()
 		done := make(chan struct{})
@@ -255,8 +255,11 @@ func FuzzLink(f *testing.F) {
 // TestRolesAreHeld: what a role may not ask for never reaches a handler.
 func TestRolesAreHeld(t *testing.T) {
 	n := newLAN(t)
-	n.permit = func(p identity.Peer, what string) bool {
-		return p.Role == identity.RoleStore || what == "open" || what == "done"
+	n.permit = func(p identity.Peer, what string) error {
+		if p.Role == identity.RoleStore || what == "open" || what == "done" {
+			return nil
+		}
+		return errs.E(errs.Unauthorized, "", "", "a %s node may not", p.Role)
 	}
 	var reached atomic.Int64
 	done := make(chan struct{})
@@ -322,7 +325,7 @@ func FuzzStream(f *testing.F) {
 			t.Fatal(err)
 		}
 		raw := newRawConn(near, 4096, &counts{})
-		l := e.newLink(2, laneMux, false, raw, raw)
+		l := e.newLink(identity.Peer{Node: 2}, laneMux, false, raw, raw)
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
@@ -26,7 +27,8 @@ type lan struct {
 	out map[ids.Node]bool // not allowed
 	end map[ids.Node]*running
 
-	permit func(identity.Peer, string) bool // of those started later; nil: all
+	clock  clock.Clock                       // of those started later
+	permit func(identity.Peer, string) error // of those started later; nil: all
 }
 
 type running struct {
@@ -76,17 +78,17 @@ func (n *lan) config(id ids.Node, h *identity.Holder) Config {
 		addr = "127.0.0.1:0"
 	}
 	return Config{
-		Self: id, Cert: h, ListenAddr: addr, Log: slog.New(slog.DiscardHandler), Permit: n.permit,
+		Self: id, Cert: h, ListenAddr: addr, Log: slog.New(slog.DiscardHandler), Permit: n.permit, Clock: n.clock,
 		Resolve: func(to ids.Node) (string, bool) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
 			a, ok := n.at[to]
 			return a, ok
 		},
-		Allowed: func(id ids.Node) bool {
+		Allowed: func(p identity.Peer) bool {
 			n.mu.Lock()
 			defer n.mu.Unlock()
-			return !n.out[id]
+			return !n.out[p.Node]
 		},
 	}
 }

@@ -136,8 +136,7 @@ func (e *Endpoint) serve(c net.Conn, conf *tls.Config, known func()) {
 	}
 	known()
 	c.SetDeadline(time.Time{})
-	l := e.newLink(p.Node, kind, false, raw, conn)
-	l.role = p.Role
+	l := e.newLink(p, kind, false, raw, conn)
 	e.track(l)
 	defer e.untrack(l)
 	if kind != laneMux {
@@ -180,7 +179,7 @@ func (e *Endpoint) serverTLS() *tls.Config {
 			if err != nil {
 				return err
 			}
-			if p.Node == e.cfg.Self || !e.cfg.Allowed(p.Node) {
+			if p.Node == e.cfg.Self || !e.cfg.Allowed(p) {
 				return errs.E(errs.Unauthorized, "accept", p.Node.String(), "not a member of this cluster, or this node itself")
 			}
 			return nil
@@ -219,6 +218,9 @@ func (e *Endpoint) clientTLS(to ids.Node, kind laneKind) *tls.Config {
 			}
 			if p.Node != to {
 				return errs.E(errs.Unauthorized, "verify certificate", p.Node.String(), "%v was meant", to)
+			}
+			if !e.cfg.Allowed(p) {
+				return errs.E(errs.Unauthorized, "verify certificate", p.Node.String(), "it is not the member of this name")
 			}
 			return nil
 		},

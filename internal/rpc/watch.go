@@ -22,6 +22,10 @@ const (
 	// goneAfter is the silence after which the answering side gives up; it is the
 	// dialler's part to find out sooner.
 	goneAfter = 6 * time.Second
+	// renewedWithin is how long streams may go on by a certificate that has ended:
+	// the peer's other connections end at once, and show its next one when they are
+	// made anew.
+	renewedWithin = 10 * time.Second
 )
 
 func (e *Endpoint) watch() {
@@ -55,8 +59,12 @@ func (e *Endpoint) watch() {
 
 // judge asks a link's peer for a sign of life if it is time, or gives it up.
 func (e *Endpoint) judge(l *link) {
-	if !e.cfg.Allowed(l.peer) {
+	if !e.cfg.Allowed(l.shown) {
 		l.close(errs.E(errs.Unauthorized, "", l.peer.String(), "no longer a member of this cluster"))
+		return
+	}
+	if e.ended(l) {
+		l.close(errs.E(errs.Unavailable, "", l.peer.String(), "the certificate it came by ended %s", l.shown.Until.UTC().Format(time.RFC3339)))
 		return
 	}
 	silent := l.raw.silence()
@@ -78,11 +86,39 @@ func (e *Endpoint) judge(l *link) {
 	}
 }
 
+// ended reports whether the peer has nothing to show for a link any more. A
+// connection that is made anew shows the certificate of the day; streams cannot
+// be made anew, and go on by one that the same key has shown elsewhere.
+func (e *Endpoint) ended(l *link) bool {
+	now := e.cfg.Clock.Wall()
+	if !now.After(l.shown.Until) {
+		l.over = 0
+		return false
+	}
+	if l.lane != laneMux {
+		return true
+	}
+	e.mu.Lock()
+	best, limit := e.proven[l.peer], e.renewed
+	e.mu.Unlock()
+	if best.Key == l.shown.Key && !now.After(best.Until) {
+		l.over = 0
+		return false
+	}
+	if l.over == 0 {
+		l.over = mono()
+	}
+	return time.Duration(mono()-l.over) > limit
+}
+
 // track makes the watch look after a link until untrack.
 func (e *Endpoint) track(l *link) {
 	e.mu.Lock()
 	e.links[l] = struct{}{}
 	e.live[l.peer]++
+	if best := e.proven[l.peer]; best.Key != l.shown.Key || l.shown.Until.After(best.Until) {
+		e.proven[l.peer] = l.shown
+	}
 	e.stirLocked(l.peer)
 	e.mu.Unlock()
 }
@@ -92,6 +128,7 @@ func (e *Endpoint) untrack(l *link) {
 	delete(e.links, l)
 	if e.live[l.peer]--; e.live[l.peer] == 0 {
 		delete(e.live, l.peer)
+		delete(e.proven, l.peer)
 	}
 	e.stirLocked(l.peer)
 	e.mu.Unlock()
