@@ -16,6 +16,7 @@ import (
 	"github.com/unum-os/unum/internal/daemon"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/node"
 )
 
 func leaveCommand() *cobra.Command {
@@ -33,6 +34,10 @@ The last storing node cannot leave: stop it (unum down) and remove its directory
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
 			return cli.Ask(ctx, control.Path(), func(c *api.Client) error {
+				dir, err := dataDir(ctx, c)
+				if err != nil {
+					return err
+				}
 				s, err := c.Node.Leave(ctx, &api.LeaveRequest{})
 				for err == nil {
 					var m *api.LeaveResponse
@@ -43,7 +48,7 @@ The last storing node cannot leave: stop it (unum down) and remove its directory
 				if !errors.Is(err, io.EOF) {
 					return err
 				}
-				return awaitLeft(ctx)
+				return awaitLeft(ctx, dir)
 			})
 		},
 	}
@@ -53,8 +58,23 @@ The last storing node cannot leave: stop it (unum down) and remove its directory
 // the end of all parts.
 const leftLimit = time.Minute
 
-// awaitLeft waits until the daemon has ended.
-func awaitLeft(ctx context.Context) error {
+// dataDir returns where the daemon's data are.
+func dataDir(ctx context.Context, c *api.Client) (string, error) {
+	r, err := c.Node.Config(ctx, &api.ConfigRequest{})
+	if err != nil {
+		return "", err
+	}
+	for _, s := range r.Settings {
+		if s.Name == "dir" {
+			return s.Value, nil
+		}
+	}
+	return "", errs.E(errs.NotFound, "leave", "", "the daemon does not say where its data are")
+}
+
+// awaitLeft waits until the daemon has ended, and sees whether its directory is a
+// node's still.
+func awaitLeft(ctx context.Context, dir string) error {
 	end := time.Now().Add(leftLimit)
 	for {
 		pid, runs, err := daemon.Running(pidPath())
@@ -62,6 +82,12 @@ func awaitLeft(ctx context.Context) error {
 			return err
 		}
 		if !runs {
+			if is, err := node.Exists(dir); err != nil {
+				return err
+			} else if is {
+				return errs.E(errs.Unavailable, "leave", "", "the daemon has ended, but this machine has not left: its log says what could not be told to the others").
+					WithRemedy("unum up, and unum leave again")
+			}
 			fmt.Println("unum: this machine has left its cluster")
 			return nil
 		}

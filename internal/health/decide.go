@@ -100,6 +100,7 @@ type Input struct {
 	Clocks                map[ids.Node]time.Duration // how far ahead of this node's
 	Files, MaxFiles       uint64
 	Metrics               error // why they cannot be read
+	Keyless               error // why this voter cannot sign
 }
 
 // Decide returns the conditions that hold, the most severe first.
@@ -325,6 +326,17 @@ func ahead(by time.Duration) string {
 	return by.Round(100*time.Millisecond).String() + " ahead of"
 }
 
+// words puts an error on one line, without what to type.
+func words(err error) string {
+	var out []string
+	for l := range strings.Lines(err.Error()) {
+		if l = strings.TrimSpace(l); l != "" && !strings.HasPrefix(l, "try: ") {
+			out = append(out, l)
+		}
+	}
+	return strings.Join(out, "; ")
+}
+
 // machine is about what this node stands on.
 func (d *decision) machine() {
 	in := d.in
@@ -336,6 +348,9 @@ func (d *decision) machine() {
 		d.say(CertificateEnds, d.self(), "", "the certificate of %v ended %v ago", in.Self, (-left).Round(time.Minute))
 	case left < in.Renewed:
 		d.say(CertificateEnds, d.self(), "", "the certificate of %v ends in %v and has not been renewed", in.Self, left.Round(time.Minute))
+	}
+	if in.Keyless != nil {
+		d.say(NoAuthority, d.self(), "", "%v votes and cannot sign certificates: %s", in.Self, words(in.Keyless))
 	}
 	if in.MaxFiles > 0 && in.Files > in.MaxFiles/10*9 {
 		d.say(DescriptorsLow, d.self(), "", "the daemon of %v has %d of %d files open", in.Self, in.Files, in.MaxFiles)

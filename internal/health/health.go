@@ -34,6 +34,7 @@ const (
 	BlocksMissing   Code = "blocks-missing"
 	DiskLow         Code = "disk-low"
 	ReserveUsed     Code = "reserve-used"
+	NoAuthority     Code = "no-authority"
 	CertificateEnds Code = "certificate-ends"
 	ClockDiffers    Code = "clock-differs"
 	ReplicaBehind   Code = "replica-behind"
@@ -64,6 +65,7 @@ var table = []Kind{
 	{BlocksMissing, Warning, "this node lacks copies of blocks that it should have; reading goes to the others meanwhile", "wait: they are fetched; if the number does not fall, start the other storing nodes"},
 	{DiskLow, Warning, "little space is left on a node's disk: writes to the tree are refused below 96 MiB", "free space there, or use a larger disk"},
 	{ReserveUsed, Warning, "the disk was full, and the space kept for the groups' logs is in use", "free space on the disk: the daemon ends when its logs cannot be written"},
+	{NoAuthority, Warning, "this voter cannot sign certificates: it does not hold the authority's key, or what it holds is damaged or private no more", "see that it reaches the other voters, of which it fetches the key; if no node has it, bring identity/ca.key back from a copy"},
 	{CertificateEnds, Warning, "this node's certificate ends soon or has ended, and has not been renewed", "see that this node reaches a node that keeps the record"},
 	{ClockDiffers, Warning, "the clock of a node differs from the others' by more than a second: times of files and jobs are wrong; nothing else depends on it", "set it, and keep it right with an NTP client, such as chrony"},
 	{ReplicaBehind, Warning, "a replica has yet to apply much of what its group has committed", "wait; if it does not catch up, that node's disk or processor is too slow"},

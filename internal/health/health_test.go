@@ -132,6 +132,8 @@ func TestDecide(t *testing.T) {
 		{"a disk that is not known", func(in *Input) { in.Members[1].Disk, in.Members[1].Free = 0, 0 }, nil},
 		{"the disk of a dead member", func(in *Input) { in.die(2, 1); in.Members[1].Free = 0; in.grow() }, []string{"member-dead n2;"}},
 		{"the reserve is used", func(in *Input) { in.Reserve = 60 << 20 }, []string{"reserve-used n1;of 64 MiB kept;free space"}},
+		{"the authority's key is damaged", func(in *Input) { in.Keyless = fmt.Errorf("read key: no PEM\ntry: pray\nnobody has it") },
+			[]string{"no-authority n1;n1 votes and cannot sign certificates: read key: no PEM;nobody has it;identity/ca.key"}},
 		{"the certificate ends", func(in *Input) { in.Certificate = 6 * time.Hour }, []string{"certificate-ends n1;ends in 6h0m0s;"}},
 		{"the certificate has ended", func(in *Input) { in.Certificate = -time.Hour }, []string{"certificate-ends n1;ended 1h0m0s ago;"}},
 		{"another's clock is ahead", func(in *Input) { in.Clocks[2] = 90 * time.Second }, []string{"clock-differs n2;clock of n2 (b) is 1m30s ahead of that of n1 (a);"}},

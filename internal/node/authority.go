@@ -32,17 +32,27 @@ type entrustment struct {
 // key: longer than it may take from being entrusted to the vote.
 const keepKeyFor = time.Minute
 
-// authority returns the cluster's authority, with which certificates are signed.
-// Class Unavailable: this node does not hold it.
-func (n *Node) authority() (*identity.CA, error) {
+// loadAuthority reads the authority and holds its key against its certificate.
+func (n *Node) loadAuthority() (*identity.CA, error) {
 	key, err := identity.Load(n.cfg.FS, n.cfg.path(fileCAKey))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, errs.E(errs.Unavailable, "sign", n.id.String(), "this node does not hold the cluster's authority: ask a voter")
-	}
 	if err != nil {
 		return nil, err
 	}
 	return identity.ParseCA(n.holder.Trust().CertPEM(), key)
+}
+
+// authority returns the cluster's authority, with which certificates are signed.
+// Class Unavailable: this node does not hold it, or holds what is no use.
+func (n *Node) authority() (*identity.CA, error) {
+	ca, err := n.loadAuthority()
+	switch {
+	case err == nil:
+		return ca, nil
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, errs.E(errs.Unavailable, "sign", n.id.String(), "this node does not hold the cluster's authority: ask a voter")
+	}
+	return nil, errs.E(errs.Unavailable, "sign", n.id.String(), "the authority's key here is damaged: %s", firstLine(err)).
+		WithRemedy("ask another voter; this one fetches the key again if another has it")
 }
 
 // keep stores the authority's key, if it is that of this cluster.
@@ -95,7 +105,7 @@ type guardian struct {
 	since time.Time           // when this node was last a voter
 }
 
-// guard sees to it that the voters that store hold the authority's key, and
+// guard sees to it that the voters that store hold the authority's key, whole, and
 // nobody else does for long.
 func (n *Node) guard(ctx context.Context, g *guardian) {
 	if n.disk.Role != record.RoleStore {
@@ -104,31 +114,33 @@ func (n *Node) guard(ctx context.Context, g *guardian) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	st := n.rec.Status()
-	has, err := n.cfg.has(fileCAKey)
-	if err != nil {
-		n.cfg.Log.Warn("the authority's key cannot be looked at", "err", err)
-		return
-	}
+	_, err := n.loadAuthority()
 	if !slices.Contains(st.Voters, n.id) {
-		given := time.Unix(0, n.entrusted.Load())
-		if has && !n.disk.snapshot().Founding && time.Since(g.since) > keepKeyFor && time.Since(given) > keepKeyFor {
-			err := n.cfg.FS.Remove(n.cfg.path(fileCAKey))
-			if err == nil {
-				err = disk.SyncDir(n.cfg.FS, n.cfg.path(dirIdentity))
-			}
-			if err != nil {
-				n.cfg.Log.Warn("the authority's key is not removed yet", "err", err)
-			}
+		n.keyless.Store(nil)
+		if !errors.Is(err, fs.ErrNotExist) {
+			n.dropAuthority(ctx, g, st.Voters)
 		}
 		return
 	}
 	g.since = time.Now()
-	if !has {
-		if err := n.fetchAuthority(ctx, st.Voters); err != nil && ctx.Err() == nil {
-			n.cfg.Log.Warn("this voter does not hold the authority's key yet", "err", err)
+	if err != nil {
+		// What others may read is not made private by writing it anew: a person must know.
+		if !errs.Has(err, errs.Permission) {
+			ferr := n.fetchAuthority(ctx, st.Voters)
+			if ferr == nil {
+				n.cfg.Log.Info("the authority's key is fetched", "because", firstLine(err))
+				n.keyless.Store(nil)
+				return
+			}
+			err = errors.Join(err, ferr)
+		}
+		if ctx.Err() == nil {
+			n.keyless.Store(&err)
+			n.cfg.Log.Warn("this voter does not hold the authority's key", "err", err)
 		}
 		return
 	}
+	n.keyless.Store(nil)
 	if !n.rec.IsLeader() {
 		clear(g.given)
 		return
@@ -145,10 +157,55 @@ func (n *Node) guard(ctx context.Context, g *guardian) {
 	}
 }
 
-func (n *Node) fetchAuthority(ctx context.Context, voters []ids.Node) error {
-	err := error(errs.E(errs.Unavailable, "ask for the authority's key", "", "no other voter is alive"))
+// dropAuthority removes the key of a node that has not voted for a while. It is
+// kept while it may be the only one that is whole, and by a node that leaves: with
+// all else it removes that, too, in the end.
+func (n *Node) dropAuthority(ctx context.Context, g *guardian, voters []ids.Node) {
+	given := time.Unix(0, n.entrusted.Load())
+	if n.disk.snapshot().Founding || time.Since(g.since) <= keepKeyFor || time.Since(given) <= keepKeyFor ||
+		(*n.known.Load())[n.id].State == record.Leaving {
+		return
+	}
+	if !n.signer(ctx, voters) {
+		n.cfg.Log.Warn("the authority's key is not removed: no voter says that it has it")
+		g.since = time.Now()
+		return
+	}
+	err := n.cfg.FS.Remove(n.cfg.path(fileCAKey))
+	if err == nil {
+		err = disk.SyncDir(n.cfg.FS, n.cfg.path(dirIdentity))
+	}
+	if err != nil {
+		n.cfg.Log.Warn("the authority's key is not removed yet", "err", err)
+	}
+}
+
+// signer reports whether one of the voters, but this node, says that it can sign.
+func (n *Node) signer(ctx context.Context, voters []ids.Node) bool {
 	for _, v := range voters {
+		var s Self
 		if v == n.id || !n.alive(v) {
+			continue
+		}
+		if _, err := n.ep.Call(ctx, v, methodSelf, nil, nil, &s); err == nil && s.Signs {
+			return true
+		}
+	}
+	return false
+}
+
+// fetchAuthority asks the others that store for the key, voters first: one that
+// votes no more may have it still.
+func (n *Node) fetchAuthority(ctx context.Context, voters []ids.Node) error {
+	ask := slices.Clone(voters)
+	for _, p := range n.holders() {
+		if !slices.Contains(ask, p) {
+			ask = append(ask, p)
+		}
+	}
+	err := error(errs.E(errs.Unavailable, "ask for the authority's key", "", "no other storing node is alive"))
+	for _, v := range ask {
+		if v == n.id || !n.alive(v) || n.witness(v) {
 			continue
 		}
 		var r entrustment

@@ -317,7 +317,7 @@ func TestLeaveIsSaidAgain(t *testing.T) {
 	for _, n := range []*Node{n1, n2, n3, n4} {
 		settled(t, n, 4)
 	}
-	for _, u := range []record.UpdateMember{{Node: 4, State: record.Removed}, {Node: 2, State: record.Left}} {
+	for _, u := range []record.UpdateMember{{Node: 4, State: record.Removed}, {Node: 2, State: record.Leaving}, {Node: 2, State: record.Left}} {
 		if _, err := n1.record.do(ctx, record.Command{Who: principal.Principal{Node: n1.id}, UpdateMember: &u}); err != nil {
 			t.Fatal(err)
 		}

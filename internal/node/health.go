@@ -60,6 +60,9 @@ func (n *Node) conditions() []health.Condition {
 		in.Stores, in.Session, in.Mounted = true, n.venus.Ready(), n.mounted.Load()
 		in.Missing, in.MissingFor = n.blocks.MissingFor()
 	}
+	if err := n.keyless.Load(); err != nil {
+		in.Keyless = *err
+	}
 	in.Reserve, in.ReserveWhole = n.ballast.left()
 	in.Files, in.MaxFiles = openFiles()
 	return health.Decide(in)

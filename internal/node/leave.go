@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/unum-os/unum/internal/disk"
@@ -18,14 +19,106 @@ import (
 // errLeft ends a node that has left.
 var errLeft = errors.New("this node leaves the cluster")
 
+// lastLimit bounds what a leaving node does when its programs have ended, until it
+// is told to the record what there is to tell.
+const lastLimit = 20 * time.Second
+
+// departing is the one leaving that is under way, whoever asked for it.
+type departing struct {
+	mu      sync.Mutex
+	waiters int
+	said    string
+	news    bell // rings when said has changed
+	done    chan struct{}
+	err     error // once done is closed
+	cancel  context.CancelFunc
+}
+
+// join begins to leave, unless that has begun, and waits with the others. The last
+// of them who gives up ends it.
+func (d *departing) join(ctx context.Context, leave func(ctx context.Context, say func(string)) error, progress func(string)) error {
+	d.mu.Lock()
+	if d.done == nil {
+		lctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		d.done, d.cancel, d.said, d.err = make(chan struct{}), cancel, "", nil
+		done := d.done
+		go func() {
+			err := leave(lctx, d.say)
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.err = err
+			if err != nil { // it may be tried again
+				d.done = nil
+			}
+			cancel()
+			close(done)
+		}()
+	}
+	done := d.done
+	d.waiters++
+	d.mu.Unlock()
+	last := ""
+	tell := func() {
+		d.mu.Lock()
+		said := d.said
+		d.mu.Unlock()
+		if said != last {
+			progress(said)
+			last = said
+		}
+	}
+	for {
+		next := d.news.wait() // before looking
+		tell()
+		select {
+		case <-next:
+			continue
+		case <-done:
+			tell()
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.waiters--
+			return d.err
+		case <-ctx.Done():
+		}
+		d.mu.Lock()
+		d.waiters--
+		if d.waiters > 0 {
+			d.mu.Unlock()
+			return errs.E(errs.Interrupted, "leave the cluster", "", "interrupted; somebody else has it leave all the same")
+		}
+		d.cancel()
+		d.mu.Unlock()
+		<-done // it says how it ended: it may have been too late
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.err
+	}
+}
+
+func (d *departing) say(text string) {
+	d.mu.Lock()
+	d.said = text
+	d.mu.Unlock()
+	d.news.ring()
+}
+
 // Leave takes this node out of the cluster in good order: it takes no more
 // commands, waits until its own have ended, its votes are others' and the others
-// have every block; then it ships what it holds, stops, and its directory is no
-// node's any more. progress is told what is waited for. It returns when the node
-// begins to stop. If ctx ends before, the node stays, but for Leaving if it may
-// not. Errors: Invalid for the last storing node.
+// have all that it has; then it ships what it holds, stops, and its directory is no
+// node's any more. progress is told what is waited for, as often as that changes.
+// It returns when the node begins to stop; Run says whether it has left. If all who
+// asked for it give up before, the node stays, but for Leaving if it may not.
+// Errors: Invalid for the last storing node.
 func (n *Node) Leave(ctx context.Context, progress func(string)) error {
+	return n.departing.join(ctx, n.leave, progress)
+}
+
+func (n *Node) leave(ctx context.Context, say func(string)) error {
 	if err := n.setState(ctx, record.Leaving); err != nil {
+		if ctx.Err() != nil { // it may have been done
+			return n.stay(ctx, "to be heard")
+		}
 		if !errs.Has(err, errs.Unauthorized) {
 			return err
 		}
@@ -34,37 +127,39 @@ func (n *Node) Leave(ctx context.Context, progress func(string)) error {
 		if was := n.askAtTheDoor(ctx); !errs.Has(was, errs.Stale) {
 			return errors.Join(was, err)
 		}
-		progress("it has left already: this node stops")
+		say("it has left already: this node stops")
 		n.gone.Store(true)
 		n.end(errLeft)
 		return nil
 	}
-	last := ""
+	var due uint64
 	for {
-		why, err := n.holding(ctx)
+		why, err := n.holding(ctx, &due)
 		switch {
 		case err != nil && ctx.Err() == nil:
 			why = "for an answer: " + firstLine(err)
 		case err == nil && why == "":
-			progress("nothing is left to do: this node stops")
+			say("nothing is left to do: this node stops")
 			n.goes.Store(true)
 			n.end(errLeft)
 			return nil
 		}
 		if ctx.Err() != nil {
-			sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-			defer cancel()
-			if err := n.setState(sctx, record.Active); err != nil {
-				return errs.Wrap(err, "stay in the cluster", n.id.String())
-			}
-			return errs.E(errs.Interrupted, "leave the cluster", n.id.String(), "interrupted while waiting %s; it stays", why)
+			return n.stay(ctx, why)
 		}
-		if why != last {
-			progress("waiting " + why)
-			last = why
-		}
+		say("waiting " + why)
 		pause(ctx, 200*time.Millisecond)
 	}
+}
+
+// stay takes back that this node leaves, after it has waited in vain.
+func (n *Node) stay(ctx context.Context, why string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if err := n.setState(ctx, record.Active); err != nil {
+		return errs.Wrap(err, "stay in the cluster", n.id.String())
+	}
+	return errs.E(errs.Interrupted, "leave the cluster", n.id.String(), "interrupted while waiting %s; it stays", why)
 }
 
 // Remove puts a node out of the cluster that will never come back: it is refused
@@ -118,8 +213,10 @@ func (n *Node) setState(ctx context.Context, s record.State) error {
 	return err
 }
 
-// holding says what keeps this node from leaving; "" when nothing does.
-func (n *Node) holding(ctx context.Context) (string, error) {
+// holding says what keeps this node from leaving; "" when nothing does. due is
+// where it notes how far the others must have come, the first time that the groups
+// are without it.
+func (n *Node) holding(ctx context.Context, due *uint64) (string, error) {
 	if n.disk.Role == record.RoleClient {
 		return "", nil
 	}
@@ -129,6 +226,7 @@ func (n *Node) holding(ctx context.Context) (string, error) {
 	}
 	for _, g := range leaders {
 		if g.Joint || slices.Contains(g.Voters, n.id) || slices.Contains(g.Learners, n.id) {
+			*due = 0
 			return fmt.Sprintf("until others have its place in group %d", g.Group), nil
 		}
 	}
@@ -142,33 +240,91 @@ func (n *Node) holding(ctx context.Context) (string, error) {
 		}
 		return fmt.Sprintf("for %d commands that run here (unum kill ends one): %s", len(jobs), strings.Join(list[:min(len(list), 10)], " ")), nil
 	}
+	if *due == 0 { // no block that this node was given before is named later
+		*due = max(leaders[ids.RootGroup].Applied, n.root.Status().Applied)
+	}
+	if why := n.missing(leaders, selves, *due); why != "" {
+		return why, nil
+	}
+	return "", n.venus.Settle(ctx)
+}
+
+// missing says what the other voters lack of what this node has: the entries up to
+// due, the blocks that those name, and the authority's key.
+func (n *Node) missing(leaders map[ids.Group]GroupStatus, selves map[ids.Node]Self, due uint64) string {
 	for _, v := range leaders[ids.RootGroup].Voters {
-		if (*n.known.Load())[v].Role == record.RoleWitness {
+		if n.witness(v) {
 			continue
 		}
-		if s, ok := selves[v]; !ok {
-			return fmt.Sprintf("for %v, which does not answer, to have every block", v), nil
-		} else if !s.Whole {
-			return fmt.Sprintf("for %v to have every block (%d are missing)", v, s.Missing), nil
+		s, ok := selves[v]
+		applied := uint64(0)
+		for _, g := range s.Groups {
+			if g.Group == ids.RootGroup {
+				applied = g.Applied
+			}
+		}
+		switch {
+		case !ok:
+			return fmt.Sprintf("for %v, which does not answer, to have every block", v)
+		case applied < due:
+			return fmt.Sprintf("for %v to have every file (it lacks %d entries)", v, due-applied)
+		case !s.Whole:
+			return fmt.Sprintf("for %v to have every block (%d are missing)", v, s.Missing)
 		}
 	}
-	if err := n.venus.Settle(ctx); err != nil {
-		return "", err
+	if _, err := n.loadAuthority(); err != nil {
+		return "" // it takes none away
 	}
-	return "", nil
+	for _, v := range leaders[ids.RecordGroup].Voters {
+		if selves[v].Signs {
+			return ""
+		}
+	}
+	return "until a voter that stays holds the authority's key"
+}
+
+// leftovers is, on a node that leaves, between the end of all that makes work and
+// that of what carries it out: it ships the last writes and tells the record of the
+// last jobs, as others no longer can.
+func (n *Node) leftovers(ctx context.Context) error {
+	<-ctx.Done()
+	if !n.goes.Load() {
+		return nil
+	}
+	lctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), n.lastLimit)
+	defer cancel()
+	for {
+		err := n.venus.Settle(lctx)
+		if len(n.jobs.out.List()) > 0 {
+			err = errors.Join(err, n.jobs.out.Run(ctx)) // ctx is over: one attempt
+		}
+		if left := len(n.jobs.out.List()); left > 0 {
+			err = errors.Join(err, errs.E(errs.Unavailable, "tell the record", "", "it has not heard of the end of %d commands", left))
+		}
+		if err == nil {
+			return nil
+		}
+		if lctx.Err() != nil {
+			n.stays = errs.E(errs.ClassOf(err), "leave the cluster", n.id.String(), "not all that it holds has reached the others: %w", err).
+				WithRemedy("unum up, and unum leave again")
+			return nil
+		}
+		pause(lctx, 100*time.Millisecond)
+	}
 }
 
 // farewell tells the record, as the last thing a leaving node does, that it has
 // left.
 func (n *Node) farewell(ctx context.Context) error {
 	<-ctx.Done()
-	if !n.goes.Load() {
+	if !n.goes.Load() || n.stays != nil {
 		return nil
 	}
 	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
 	if err := n.setState(sctx, record.Left); err != nil {
-		n.cfg.Log.Error("the cluster was not told that this node has left", "err", err, "try", "unum up, and unum leave again")
+		n.stays = errs.E(errs.ClassOf(err), "leave the cluster", n.id.String(), "the cluster does not know that it has left: %w", err).
+			WithRemedy("unum up, and unum leave again")
 		return nil
 	}
 	n.gone.Store(true)

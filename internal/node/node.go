@@ -96,6 +96,7 @@ type Node struct {
 	strangers *strangers                                 // that show a good certificate
 	stir      chan struct{}                              // holds one: the steward should look
 	rung      bell                                       // the record has changed
+	keyless   atomic.Pointer[error]                      // why this voter cannot sign, if it cannot
 	entrusted atomic.Int64                               // when it was given the authority's key, Unix ns
 	knocks    knocks                                     // on the door, of late
 	logins    logins                                     // of a client node's users
@@ -103,8 +104,11 @@ type Node struct {
 	asked     atomic.Uint64                              // how often for the members
 	turn      atomic.Uint64
 	mounted   atomic.Bool
+	departing departing
 	goes      atomic.Bool             // it leaves for good when it stops
 	gone      atomic.Bool             // it has, and the record knows
+	stays     error                   // why it has not; of the part farewell, and of run when that has ended
+	lastLimit time.Duration           // see the constant; tests shorten it
 	end       context.CancelCauseFunc // of Run
 	began     time.Time
 }
@@ -134,7 +138,7 @@ func Open(cfg Config) (n *Node, err error) {
 	if err := cfg.ready(); err != nil {
 		return nil, err
 	}
-	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now(), grace: grace, stir: make(chan struct{}, 1),
+	n = &Node{cfg: cfg, loads: load.NewTable(), began: time.Now(), grace: grace, lastLimit: lastLimit, stir: make(chan struct{}, 1),
 		clockEvery: clockEvery, leaderless: map[ids.Group]*leaderless{}, strangers: newStrangers()}
 	n.known.Store(&map[ids.Node]record.Member{})
 	var undo []func() error
@@ -356,7 +360,7 @@ func (n *Node) parts() []part {
 		return append(ps, part{"seek", n.seek}, part{"follow", n.follow}, part{"steward", n.steward}, part{"control", n.ctl.Run})
 	}
 	return append(ps, part{"blocks", n.blocks.Run}, part{"vice", n.vice.Run}, part{"venus", n.venus.Run},
-		part{"seek", n.seek}, part{"steward", n.steward}, part{"jobs", n.jobs.out.Run},
+		part{"leftovers", n.leftovers}, part{"seek", n.seek}, part{"steward", n.steward}, part{"jobs", n.jobs.out.Run},
 		part{"load", func(ctx context.Context) error { return n.meter.Run(ctx, n.publish) }},
 		part{"control", n.ctl.Run}, part{"tree", n.runMount}, part{"manager", n.manager.Run})
 }
@@ -414,7 +418,7 @@ func (n *Node) run(ctx context.Context, stop context.CancelCauseFunc, parts []pa
 	err := n.closeData()
 	errMu.Lock()
 	defer errMu.Unlock()
-	if err = errors.Join(failed, err); err == nil && n.gone.Load() {
+	if err = errors.Join(failed, n.stays, err); err == nil && n.gone.Load() {
 		err = n.cfg.forget()
 	}
 	return errors.Join(err, n.lock.Close())

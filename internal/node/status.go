@@ -42,8 +42,9 @@ type Self struct {
 	Free     int64         `cbor:"6,keyasint" json:"free_bytes"`
 	Jobs     int           `cbor:"7,keyasint" json:"jobs"`
 	UptimeNs int64         `cbor:"8,keyasint" json:"uptime_ns"`
-	Whole    bool          `cbor:"9,keyasint,omitempty" json:"whole"` // it has every block that is due
-	WallNs   int64         `cbor:"10,keyasint" json:"wall_ns"`        // its clock when it answered, since 1970
+	Whole    bool          `cbor:"9,keyasint,omitempty" json:"whole"`  // it has every block that is due
+	WallNs   int64         `cbor:"10,keyasint" json:"wall_ns"`         // its clock when it answered, since 1970
+	Signs    bool          `cbor:"11,keyasint,omitempty" json:"signs"` // it holds the authority's key, whole
 }
 
 // nodeAPI is the service Node of the control API.
@@ -84,14 +85,16 @@ func (a *nodeAPI) Config(context.Context, *api.ConfigRequest) (*api.ConfigRespon
 // self describes this node.
 func (n *Node) self() Self {
 	s := Self{Node: n.id, Mounted: n.mounted.Load(), UptimeNs: int64(time.Since(n.began)), WallNs: n.cfg.Clock.Wall().UnixNano()}
-	if n.disk.Role == record.RoleStore {
-		s.Session, s.Missing, s.Whole, s.Jobs = n.venus.Ready(), n.blocks.Missing(), n.blocks.Whole(), len(n.manager.Jobs())
-		s.Free, _ = n.segs.Free()
-	}
-	for _, g := range n.groups() {
+	for _, g := range n.groups() { // before Whole, which is then true of what is applied
 		st := g.Status()
 		s.Groups = append(s.Groups, GroupStatus{Group: g.ID(), Role: st.Role.String(), Leader: st.Leader, Term: st.Term, Applied: st.Applied,
 			Voters: st.Voters, Learners: st.Learners, Joint: st.Joint})
+	}
+	if n.disk.Role == record.RoleStore {
+		s.Session, s.Missing, s.Whole, s.Jobs = n.venus.Ready(), n.blocks.Missing(), n.blocks.Whole(), len(n.manager.Jobs())
+		s.Free, _ = n.segs.Free()
+		_, err := n.loadAuthority()
+		s.Signs = err == nil
 	}
 	return s
 }

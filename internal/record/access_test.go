@@ -112,7 +112,6 @@ func TestWhoMayWhat(t *testing.T) {
 		"label n1":               {update(UpdateMember{Node: 1, Labels: map[string]string{"a": "b"}}), trusted},
 		"label n2":               {update(UpdateMember{Node: 2, Addr: "x:1", Labels: map[string]string{"a": "b"}}), trusted},
 		"admit n2":               {update(UpdateMember{Node: 2, State: Active}), names(trusted, stores)},
-		"n2 goes":                {update(UpdateMember{Node: 2, State: Left}), names(trusted, systems)},
 		"n2 leaves":              {update(UpdateMember{Node: 2, State: Leaving}), names(trusted, systems)},
 		"n5 leaves":              {update(UpdateMember{Node: 5, State: Leaving}), names(trusted, stores, []string{"witness"})},
 		"remove n2":              {update(UpdateMember{Node: 2, State: Removed}), trusted},

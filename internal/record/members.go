@@ -140,6 +140,8 @@ func (t *txn) updateMember(c *UpdateMember) Refusal {
 		return no(errs.Invalid, "%s is %s, it cannot become %s again", c.Node, m.State, c.State)
 	case c.State > Active && m.Role == RoleStore && !t.othersStore(m.ID):
 		return no(errs.Invalid, "%s is the last storing node", c.Node)
+	case c.State == Left && m.State != Left && m.State != Leaving: // the others have nothing of what it kept
+		return no(errs.Invalid, "%s is %s: it leaves first, and has left then", c.Node, m.State)
 	}
 	was := *m
 	if c.Hostname != "" {

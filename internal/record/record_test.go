@@ -276,6 +276,7 @@ func TestJoining(t *testing.T) {
 	r.refuse(up(UpdateMember{Node: 1, State: Leaving}), errs.Invalid, "last storing node")
 	r.refuse(up(UpdateMember{Node: 1, State: Removed}), errs.Invalid, "last storing node")
 	r.must(up(UpdateMember{Node: 4, State: Active}))
+	r.refuse(up(UpdateMember{Node: 1, State: Left}), errs.Invalid, "leaves first")
 	r.must(up(UpdateMember{Node: 1, State: Leaving}))
 	r.refuse(up(UpdateMember{Node: 1, State: Joining}), errs.Invalid, "again")
 	r.must(up(UpdateMember{Node: 1, State: Left}))

@@ -1,0 +1,259 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/unum-os/unum/internal/disk"
+	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/health"
+	"github.com/unum-os/unum/internal/identity"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/proc"
+	"github.com/unum-os/unum/internal/record"
+)
+
+// hurt damages the authority's key of the node in cfg.Dir.
+func hurt(t *testing.T, cfg Config, how string) {
+	t.Helper()
+	b, err := identity.Load(disk.Real, cfg.path(fileCAKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	switch how {
+	case "cut":
+		b = b[:len(b)/2]
+	case "another's": // a whole key, of another cluster
+		ca, err := identity.NewCA("elsewhere")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b = ca.KeyPEM()
+	}
+	if err := identity.Save(disk.Real, cfg.path(fileCAKey), b); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A voter whose copy of the authority's key is damaged does not say that it can
+// sign, says what is wrong, and has it from another voter.
+func TestDamagedAuthority(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, cfg1 := founded(t)
+	whole, err := identity.Load(disk.Real, cfg1.path(fileCAKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !n1.self().Signs {
+		t.Fatal("it cannot sign")
+	}
+	for _, how := range []string{"cut", "another's"} {
+		hurt(t, cfg1, how)
+		if n1.self().Signs {
+			t.Errorf("%s: it says that it can sign", how)
+		}
+		if _, err := n1.authority(); !errs.Has(err, errs.Unavailable) || !strings.Contains(err.Error(), "damaged") {
+			t.Errorf("%s: %v", how, err)
+		}
+		await(t, how+": health says so", func() bool {
+			c := find(n1.conditions(), health.NoAuthority, "n1")
+			return c != nil && strings.Contains(c.Text, "no other storing node")
+		})
+		if err := identity.Save(disk.Real, cfg1.path(fileCAKey), whole); err != nil {
+			t.Fatal(err)
+		}
+		await(t, how+": health says no more", func() bool { return find(n1.conditions(), health.NoAuthority, "n1") == nil })
+	}
+
+	_, cfg2, _ := join(t, ctx, n1, record.RoleStore)
+	voters(t, n1, 1, 2)
+	same := func(cfg Config) bool {
+		b, err := identity.Load(disk.Real, cfg.path(fileCAKey))
+		return err == nil && string(b) == string(whole)
+	}
+	await(t, "n2 holds the key", func() bool { return same(cfg2) })
+	for _, how := range []string{"cut", "another's"} {
+		for _, cfg := range []Config{cfg1, cfg2} {
+			hurt(t, cfg, how)
+			await(t, how+": it is fetched again", func() bool { return same(cfg) })
+		}
+	}
+}
+
+// The last who can sign does not leave; when another can, it does.
+func TestSignerStays(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	n2, cfg2, _ := join(t, ctx, n1, record.RoleStore)
+	voters(t, n1, 1, 2)
+	settled(t, n2, 2)
+	await(t, "n2 holds the key", func() bool { return holdsAuthority(cfg2) })
+	if err := os.Remove(cfg2.path(fileCAKey)); err != nil { // and it can put no other there
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(cfg2.path(fileCAKey, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	left, said := make(chan error, 1), make(chan string, 1000)
+	go func() { left <- n1.Leave(ctx, func(s string) { said <- s }) }()
+	for s := ""; !strings.Contains(s, "authority's key"); {
+		select {
+		case s = <-said:
+		case err := <-left:
+			t.Fatalf("it has left with the only key: %v", err)
+		case <-ctx.Done():
+			t.Fatal("it does not say what it waits for")
+		}
+	}
+	if err := os.RemoveAll(cfg2.path(fileCAKey)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-left; err != nil {
+		t.Fatal(err)
+	}
+	await(t, "n1 has left", func() bool { return (*n2.known.Load())[1].State == record.Left })
+	voters(t, n2, 2)
+	if _, err := n2.authority(); err != nil { // it asked one that voted no more
+		t.Error(err)
+	}
+}
+
+// What the others lack keeps a node from leaving: entries, blocks, the key.
+func TestMissing(t *testing.T) {
+	n, _ := founded(t)
+	const due = 100
+	leaders := map[ids.Group]GroupStatus{ids.RecordGroup: {Voters: []ids.Node{2, 3}}, ids.RootGroup: {Voters: []ids.Node{2, 3}}}
+	for _, c := range []struct {
+		what   string
+		change func(s map[ids.Node]Self)
+		want   string
+	}{
+		{"nothing", func(map[ids.Node]Self) {}, ""},
+		{"one is silent", func(s map[ids.Node]Self) { delete(s, 3) }, "n3, which does not answer"},
+		{"one is behind, and has the blocks of what it knows", func(s map[ids.Node]Self) { s[3].Groups[0].Applied = due - 1 }, "n3 to have every file (it lacks 1 entries)"},
+		{"blocks", func(s map[ids.Node]Self) { x := s[2]; x.Whole, x.Missing = false, 7; s[2] = x }, "n2 to have every block (7 are missing)"},
+		{"one can sign", func(s map[ids.Node]Self) { x := s[2]; x.Signs = false; s[2] = x }, ""},
+		{"nobody can sign", func(s map[ids.Node]Self) {
+			for v, x := range s {
+				x.Signs = false
+				s[v] = x
+			}
+		}, "until a voter that stays holds the authority's key"},
+	} {
+		selves := map[ids.Node]Self{}
+		for _, v := range []ids.Node{2, 3} {
+			selves[v] = Self{Node: v, Whole: true, Signs: true, Groups: []GroupStatus{{Group: ids.RootGroup, Applied: due}}}
+		}
+		c.change(selves)
+		if got := n.missing(leaders, selves, due); c.want == "" && got != "" || !strings.Contains(got, c.want) {
+			t.Errorf("%s: %q", c.what, got)
+		}
+	}
+}
+
+// Two who have it leave are one: when the first gives up it leaves all the same,
+// and both hear what is waited for. When the last gives up, it stays.
+func TestLeavingIsOne(t *testing.T) {
+	var d departing
+	began, release := make(chan context.Context, 10), make(chan error)
+	leave := func(ctx context.Context, say func(string)) error {
+		began <- ctx
+		say("waiting for godot")
+		select {
+		case err := <-release:
+			return err
+		case <-ctx.Done():
+			return errs.E(errs.Interrupted, "", "", "it stays")
+		}
+	}
+	type asked struct {
+		cancel context.CancelFunc
+		heard  chan string
+		err    chan error
+	}
+	ask := func() asked {
+		ctx, cancel := context.WithCancel(context.Background())
+		t.Cleanup(cancel)
+		a := asked{cancel, make(chan string, 10), make(chan error, 1)}
+		go func() { a.err <- d.join(ctx, leave, func(s string) { a.heard <- s }) }()
+		<-a.heard
+		return a
+	}
+	first, second := ask(), ask()
+	first.cancel()
+	if err := <-first.err; !errs.Has(err, errs.Interrupted) || !strings.Contains(err.Error(), "all the same") {
+		t.Fatal(err)
+	}
+	ctx := <-began
+	if ctx.Err() != nil || len(began) != 0 {
+		t.Fatal("it was interrupted, or begun twice")
+	}
+	second.cancel()
+	if err := <-second.err; !errs.Has(err, errs.Interrupted) || ctx.Err() == nil {
+		t.Fatal(err)
+	}
+	third := ask()
+	release <- nil
+	if err := <-third.err; err != nil {
+		t.Fatal(err)
+	}
+	<-began
+	if err := d.join(context.Background(), leave, func(string) {}); err != nil || len(began) != 0 {
+		t.Fatalf("said again at the end: %v", err)
+	}
+}
+
+// A node that cannot get rid of what it holds does not say that it has left, and
+// keeps its directory; started again it leaves with all.
+func TestNothingIsLeftBehind(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	_, cfg2, stop2 := join(t, ctx, n1, record.RoleStore)
+	voters(t, n1, 1, 2)
+	settled(t, n1, 2)
+	stop2()
+
+	n2, err := Open(cfg2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n2.lastLimit = 100 * time.Millisecond
+	n2.jobs.out = proc.NewOutbox(func(context.Context, []proc.JobRecord) error {
+		return errs.E(errs.Unavailable, "", "", "nobody listens")
+	}, n2.part("jobs"))
+	rctx, stop := context.WithCancelCause(ctx)
+	n2.end = stop
+	parts := slices.DeleteFunc(n2.parts(), func(p part) bool { return p.name == "tree" || p.name == "manager" })
+	ended := make(chan error, 1)
+	go func() { ended <- n2.run(rctx, stop, parts) }()
+	n2.jobs.Put(proc.JobRecord{Job: 7, Incarnation: 1, Home: 2, Node: 2, State: proc.Exited})
+	if err := n2.Leave(ctx, func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errs.Has(err, errs.Unavailable) || !strings.Contains(err.Error(), "has not heard of the end of 1 commands") || !strings.Contains(err.Error(), "unum leave again") {
+		t.Fatalf("it ended with: %v", err)
+	}
+	if _, err := os.Stat(cfg2.path(fileNode)); err != nil {
+		t.Fatal(err)
+	}
+	if m := (*n1.known.Load())[2]; m.State != record.Leaving {
+		t.Fatalf("n2 is %v", m.State)
+	}
+	n2, _ = start(t, cfg2)
+	if err := n2.Leave(ctx, func(string) {}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "n2 has left", func() bool { return (*n1.known.Load())[2].State == record.Left })
+	await(t, "its directory is no node's", func() bool {
+		_, err := os.Stat(cfg2.path(fileNode))
+		return errors.Is(err, os.ErrNotExist)
+	})
+}
