@@ -89,13 +89,3 @@ func (n *Node) speaker(c control.Cred) (principal.Principal, principal.Proof, er
 	return principal.Principal{}, nil, errs.E(errs.Unauthorized, "speak to the cluster", "", "this node is a witness and has no users").
 		WithRemedy("ask on a node that stores")
 }
-
-// asker returns who asks for an administrator's verb; nobody is not taken for the
-// node itself.
-func asker(ctx context.Context) (principal.Principal, error) {
-	who := principal.FromContext(ctx)
-	if !who.Valid() {
-		return who, errs.E(errs.Unauthorized, "", "", "the request does not say who asks")
-	}
-	return who, nil
-}

@@ -165,7 +165,7 @@ func (n *Node) stay(ctx context.Context, why string) error {
 // Remove puts a node out of the cluster that will never come back: it is refused
 // from now on, its votes go to others, and what it alone had is lost. Errors:
 // NotFound; Busy if it is alive and force is not set; Invalid for the last
-// storing node; Permission if who asks, as ctx says, is no administrator.
+// storing node; Permission if who asks is no administrator.
 func (n *Node) Remove(ctx context.Context, p ids.Node, force bool) error {
 	m, ok := (*n.known.Load())[p]
 	switch {
@@ -189,11 +189,7 @@ func (n *Node) Remove(ctx context.Context, p ids.Node, force bool) error {
 				WithRemedy("start the others; or, of two nodes, unum down, then unum up --without %v", p)
 		}
 	}
-	who, err := asker(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = n.record.do(ctx, record.Command{Who: who, UpdateMember: &record.UpdateMember{Node: p, State: record.Removed}})
+	_, err := n.tell(ctx, record.Command{UpdateMember: &record.UpdateMember{Node: p, State: record.Removed}})
 	return err
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/unum-os/unum/internal/health"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/record"
 )
@@ -256,4 +257,59 @@ func TestNothingIsLeftBehind(t *testing.T) {
 		_, err := os.Stat(cfg2.path(fileNode))
 		return errors.Is(err, os.ErrNotExist)
 	})
+}
+
+// Who has a token made or a node removed is asked in the one way there is: on a
+// client node by the credential of the user, and nobody else's word counts.
+func TestWhoAdministers(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	c, _, _ := join(t, ctx, n1, record.RoleClient)
+	_, _, stop3 := join(t, ctx, n1, record.RoleClient)
+	for _, n := range []*Node{n1, c} {
+		settled(t, n, 3)
+	}
+	stop3()
+	await(t, "n3 is gone", func() bool { return !n1.alive(3) && !c.alive(3) })
+	root := principal.Principal{Node: n1.id}
+	v := principal.NewInvite()
+	for _, cmd := range []record.Command{
+		{PutUser: &record.User{Name: "boss", UID: 2000, GID: 2000, Admin: true}},
+		{AddLogin: &record.LoginToken{ID: v.ID(), User: "boss", Expires: n1.cfg.Clock.Wall().Add(time.Hour).UnixNano()}},
+	} {
+		cmd.Who = root
+		if _, err := n1.record.do(ctx, cmd); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.login(ctx, 5000, v.Text()); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		who  string
+		n    *Node
+		ctx  context.Context
+		want errs.Class
+	}{
+		{"nobody", n1, ctx, errs.Unauthorized},
+		{"a user who is no administrator", n1, asUser(ctx, 1000), errs.Permission},
+		{"one who has not logged in", c, asUser(ctx, 1000), errs.Unauthorized},
+		{"the client node's root", c, asRoot(ctx, c), errs.Unauthorized},
+	} {
+		if _, err := x.n.token(x.ctx, 0, 0, 0); !errs.Has(err, x.want) {
+			t.Errorf("a token for %s: %v", x.who, err)
+		}
+		if err := x.n.Remove(x.ctx, 3, false); !errs.Has(err, x.want) {
+			t.Errorf("removal by %s: %v", x.who, err)
+		}
+	}
+	// The administrator of the cluster is known on the client node, too. What the
+	// record lets him do from there is its to say.
+	if err := c.Remove(asUser(ctx, 5000), 3, false); err != nil && !errs.Has(err, errs.Permission) {
+		t.Errorf("removal by the administrator, logged in on a client node: %v", err)
+	}
+	if err := n1.Remove(asUser(ctx, 2000), 3, false); err != nil {
+		t.Errorf("removal by the administrator on a storing node: %v", err)
+	}
 }

@@ -14,12 +14,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
-	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/rpc"
@@ -70,8 +70,11 @@ func start(t testing.TB, cfg Config, change ...func(*Node)) (*Node, func()) {
 }
 
 // asRoot returns the context of a request by root of a node.
-func asRoot(ctx context.Context, n *Node) context.Context {
-	return principal.NewContext(ctx, principal.Principal{Node: n.id})
+func asRoot(ctx context.Context, _ *Node) context.Context { return asUser(ctx, uint32(os.Geteuid())) }
+
+// asUser returns the context of a request by a process of that uid on a node.
+func asUser(ctx context.Context, uid uint32) context.Context {
+	return api.WithPeer(ctx, control.Cred{UID: uid, GID: uid})
 }
 
 func await(t testing.TB, what string, ok func() bool) {

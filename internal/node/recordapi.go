@@ -264,11 +264,7 @@ func (a *nodeAPI) Leave(_ *api.LeaveRequest, s grpc.ServerStreamingServer[api.Le
 }
 
 func (a *nodeAPI) Remove(ctx context.Context, req *api.RemoveRequest) (*api.RemoveResponse, error) {
-	who, _, err := a.n.speaker(api.Peer(ctx))
-	if err != nil {
-		return nil, err
-	}
-	return &api.RemoveResponse{}, a.n.Remove(principal.NewContext(ctx, who), ids.Node(req.Node), req.Force)
+	return &api.RemoveResponse{}, a.n.Remove(ctx, ids.Node(req.Node), req.Force)
 }
 
 func (a *nodeAPI) Digest(_ context.Context, req *api.DigestRequest) (*api.DigestResponse, error) {

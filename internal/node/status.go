@@ -14,7 +14,6 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
-	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/quorum"
 	"github.com/unum-os/unum/internal/record"
 )
@@ -65,7 +64,6 @@ func (a *nodeAPI) Token(ctx context.Context, req *api.TokenRequest) (*api.TokenR
 	if _, ok := api.Role_name[int32(req.Role)]; !ok {
 		return nil, errs.E(errs.Invalid, "", "", "role %d: there is no such role", req.Role)
 	}
-	ctx = principal.NewContext(ctx, a.n.caller(api.Peer(ctx)))
 	t, err := a.n.token(ctx, req.Uses, req.Lifetime.AsDuration(), record.Role(req.Role))
 	return &api.TokenResponse{Token: t, Addr: a.n.disk.Addr}, err
 }
@@ -177,14 +175,10 @@ func (n *Node) token(ctx context.Context, uses uint32, life time.Duration, role 
 	if role == 0 {
 		role = record.RoleStore
 	}
-	who, err := asker(ctx)
-	if err != nil {
-		return "", err
-	}
 	t, err := identity.NewToken(n.holder.Trust().Fingerprint())
 	if err != nil {
 		return "", err
 	}
-	_, err = n.record.do(ctx, record.Command{Who: who, AddToken: &record.Token{ID: t.ID(), Uses: uses, Expires: n.cfg.Clock.Wall().UnixNano() + int64(life), Role: role}})
+	_, err = n.tell(ctx, record.Command{AddToken: &record.Token{ID: t.ID(), Uses: uses, Expires: n.cfg.Clock.Wall().UnixNano() + int64(life), Role: role}})
 	return t.String(), err
 }

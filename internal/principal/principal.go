@@ -1,7 +1,6 @@
 package principal
 
 import (
-	"context"
 	"fmt"
 	"time"
 
@@ -41,19 +40,6 @@ func (p Principal) String() string {
 // Valid reports whether p is somebody and says it in the one way there is.
 func (p Principal) Valid() bool {
 	return p.Node != 0 && len(p.User) <= MaxName && !(p.System && (p.UID != 0 || p.User != ""))
-}
-
-type contextKey struct{}
-
-// NewContext returns a context of a request that who asks.
-func NewContext(ctx context.Context, who Principal) context.Context {
-	return context.WithValue(ctx, contextKey{}, who)
-}
-
-// FromContext returns who asks; nobody if the context is of no request.
-func FromContext(ctx context.Context) Principal {
-	who, _ := ctx.Value(contextKey{}).(Principal)
-	return who
 }
 
 // Believe is the rule of the door: whether what the node from claims about who

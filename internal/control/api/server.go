@@ -161,6 +161,12 @@ func Peer(ctx context.Context) control.Cred {
 	return control.Cred{UID: nobody, GID: nobody}
 }
 
+// WithPeer returns a context in which Peer says c: that of a call without a
+// connection.
+func WithPeer(ctx context.Context, c control.Cred) context.Context {
+	return peer.NewContext(ctx, &peer.Peer{AuthInfo: who{Known: &control.Known{Peer: c}}})
+}
+
 func known(ctx context.Context) *control.Known {
 	if p, ok := peer.FromContext(ctx); ok {
 		if w, ok := p.AuthInfo.(who); ok {
