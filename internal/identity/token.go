@@ -4,8 +4,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/base32"
 	"encoding/hex"
+	"fmt"
 	"log/slog"
 	"strings"
 
@@ -16,17 +16,12 @@ import (
 //
 //	unum1-<84 characters>
 //
-// The digit is the version. The characters are base 32 in Crockford's alphabet
-// (no i, l, o, u) of secret (16 bytes), SHA-256 of the authority's certificate
-// (32) and the first 4 bytes of the SHA-256 of all that goes before, so that a
-// typing error is told from a refused token.
+// The digit is the version. The bytes are the secret (16) and the SHA-256 of the
+// authority's certificate (32); EncodeLine says how they are written.
 const (
-	tokenPrefix  = "unum1-"
-	tokenBytes   = 16 + 32 + 4
-	tokenLetters = (tokenBytes*8 + 4) / 5
+	tokenPrefix = "unum1-"
+	tokenBytes  = 16 + 32
 )
-
-var crockford = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
 // Token invites a machine into a cluster.
 type Token struct {
@@ -46,9 +41,7 @@ func NewToken(authority [32]byte) (Token, error) {
 
 // String returns the line that people copy. It contains the secret.
 func (t Token) String() string {
-	b := append(append(make([]byte, 0, tokenBytes), t.Secret[:]...), t.Authority[:]...)
-	sum := tokenSum(b)
-	return tokenPrefix + crockford.EncodeToString(append(b, sum[:]...))
+	return EncodeLine(tokenPrefix, append(append(make([]byte, 0, tokenBytes), t.Secret[:]...), t.Authority[:]...))
 }
 
 // GoString and LogValue keep the secret out of logs.
@@ -60,39 +53,24 @@ func (t Token) GoString() string {
 // LogValue keeps the secret out of logs.
 func (t Token) LogValue() slog.Value { return slog.StringValue(t.GoString()) }
 
-// ParseToken reads what String printed; case, spaces and line breaks do not
-// matter. Errors are of class Invalid.
+// ParseToken reads what String printed, as DecodeLine does. Errors are of class
+// Invalid.
 func ParseToken(s string) (Token, error) {
-	bad := func(format string, args ...any) (Token, error) {
-		return Token{}, errs.E(errs.Invalid, "read token", "", format, args...).WithRemedy("copy the whole line")
+	b, err := DecodeLine(tokenPrefix, s, tokenBytes)
+	if err == nil {
+		return Token{Secret: [16]byte(b), Authority: [32]byte(b[16:])}, nil
 	}
-	s = strings.ToLower(strings.Join(strings.Fields(s), ""))
-	rest, ok := strings.CutPrefix(s, tokenPrefix)
-	if !ok {
-		if v, _, isToken := strings.Cut(s, "-"); isToken && strings.HasPrefix(v, "unum") && strings.Trim(v[4:], "0123456789") == "" && len(v) > 4 {
-			return Token{}, errs.E(errs.Invalid, "read token", "", "version %s, this program knows version 1", v[4:]).
-				WithRemedy("install the version of unum that the cluster runs")
+	e := &errs.Error{Op: "read token", Class: errs.Invalid, Err: err, Remedy: "copy the whole line"}
+	if len(s) > maxLine {
+		return Token{}, e
+	}
+	if s = trimLine(s); !strings.HasPrefix(s, tokenPrefix) {
+		e.Err, e.Remedy = fmt.Errorf("a token begins with %s", tokenPrefix), "unum token on a machine of the cluster"
+		if v, _, ok := strings.Cut(s, "-"); ok && strings.HasPrefix(v, "unum") && strings.Trim(v[4:], "0123456789") == "" && len(v) > 4 {
+			e.Err, e.Remedy = fmt.Errorf("version %s, this program knows version 1", v[4:]), "install the version of unum that the cluster runs"
 		}
-		return Token{}, errs.E(errs.Invalid, "read token", "", "a token begins with %s", tokenPrefix).
-			WithRemedy("unum token on a machine of the cluster")
 	}
-	if len(rest) != tokenLetters {
-		return Token{}, errs.E(errs.Invalid, "read token", "", "%d characters after %s, want %d", len(rest), tokenPrefix, tokenLetters).
-			WithRemedy("copy the whole line")
-	}
-	rest = strings.NewReplacer("i", "1", "l", "1", "o", "0").Replace(rest)
-	b, err := crockford.DecodeString(rest)
-	if err != nil || crockford.EncodeToString(b) != rest {
-		return bad("a character is mistyped: tokens consist of digits and letters without u")
-	}
-	sum := tokenSum(b[:48])
-	if string(sum[:]) != string(b[48:]) {
-		return bad("the checksum does not hold: a character is mistyped")
-	}
-	var t Token
-	copy(t.Secret[:], b)
-	copy(t.Authority[:], b[16:])
-	return t, nil
+	return Token{}, e
 }
 
 // ID returns the hash by which the record knows the token.
@@ -105,8 +83,3 @@ func SecretID(secret [16]byte) [32]byte {
 
 // SameID compares two IDs in constant time.
 func SameID(a, b [32]byte) bool { return subtle.ConstantTimeCompare(a[:], b[:]) == 1 }
-
-func tokenSum(b []byte) [4]byte {
-	h := sha256.Sum256(append([]byte(tokenPrefix), b...))
-	return [4]byte(h[:4])
-}

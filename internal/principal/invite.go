@@ -3,22 +3,18 @@ package principal
 import (
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/base32"
 	"log/slog"
-	"strings"
 
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
 )
 
 // An invitation is printed as
 //
 //	unumlogin1-<32 characters>
 //
-// in Crockford's alphabet of base 32: 16 secret bytes and the first 4 of the
-// SHA-256 of them, so that a typing error is told from a refused one.
+// which are 16 secret bytes as identity.EncodeLine writes them.
 const invitePrefix = "unumlogin1-"
-
-var crockford = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
 // Invite is a secret by which a user logs in once from a client node.
 type Invite [16]byte
@@ -32,7 +28,7 @@ func NewInvite() Invite {
 
 // Text returns the line that people copy. It is the secret.
 func (v Invite) Text() string {
-	return invitePrefix + crockford.EncodeToString(append(v[:], inviteSum(v)...))
+	return identity.EncodeLine(invitePrefix, v[:])
 }
 
 // String keeps the secret out of logs.
@@ -49,32 +45,12 @@ func (v Invite) ID() [32]byte {
 	return sha256.Sum256(append([]byte("unum login id\x00"), v[:]...))
 }
 
-// ParseInvite reads what Text gave; case, spaces and line breaks do not matter.
-// Errors are of class Invalid.
-func ParseInvite(s string) (Invite, error) {
-	bad := func(why string) (Invite, error) {
-		return Invite{}, errs.E(errs.Invalid, "read login token", "", "%s", why).WithRemedy("unum user invite, on a storing node, and copy the whole line")
+// ParseInvite reads what Text gave, as identity.DecodeLine does. Errors are of
+// class Invalid.
+func ParseInvite(s string) (v Invite, err error) {
+	b, err := identity.DecodeLine(invitePrefix, s, len(v))
+	if err != nil {
+		return v, &errs.Error{Op: "read login token", Class: errs.Invalid, Err: err, Remedy: "unum user invite, on a storing node, and copy the whole line"}
 	}
-	if len(s) > 4096 {
-		return bad("it is too long")
-	}
-	rest, ok := strings.CutPrefix(strings.ToLower(strings.Join(strings.Fields(s), "")), invitePrefix)
-	if !ok {
-		return bad("it begins with " + invitePrefix)
-	}
-	rest = strings.NewReplacer("i", "1", "l", "1", "o", "0").Replace(rest)
-	b, err := crockford.DecodeString(rest)
-	if err != nil || len(b) != 20 || crockford.EncodeToString(b) != rest {
-		return bad("a character is mistyped or missing")
-	}
-	v := Invite(b[:16])
-	if string(b[16:]) != string(inviteSum(v)) {
-		return bad("the checksum does not hold: a character is mistyped")
-	}
-	return v, nil
-}
-
-func inviteSum(v Invite) []byte {
-	h := sha256.Sum256(append([]byte(invitePrefix), v[:]...))
-	return h[:4]
+	return Invite(b), nil
 }
