@@ -2,12 +2,14 @@ package node
 
 import (
 	"context"
+	"os"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/wire"
@@ -51,8 +53,13 @@ func TestClientRoot(t *testing.T) {
 	if _, err := c.login(ctx, 5000, line); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.login(ctx, 5000, line); !errs.Has(err, errs.Unauthorized) {
-		t.Fatalf("an invitation counts twice: %v", err)
+	// Said again, for its answer may be lost, it counts; on another node it does not,
+	// and who guesses writes nothing but what is told to the audit.
+	if _, err := c.login(ctx, 5000, line); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.login(ctx, 5000, line); !errs.Has(err, errs.Unauthorized) {
+		t.Fatalf("an invitation counts on two nodes: %v", err)
 	}
 	ana := c.logins.of(5000)
 	who, proof := ana.cred.Principal(), ana.proof
@@ -213,6 +220,10 @@ func TestClientRoot(t *testing.T) {
 	if err := wall.Set(principal.Validity-time.Minute, 0); err != nil {
 		t.Fatal(err)
 	}
+	refused("an invitation spent long ago", principal.Of(n1.id), func() error {
+		_, err := c.login(ctx, 5000, line)
+		return err
+	})
 	if err := put(c, who, proof, "user/1001/mine"); err != nil {
 		t.Fatalf("a minute before its end: %v", err)
 	}
@@ -238,4 +249,144 @@ func TestClientRoot(t *testing.T) {
 	if err != nil || string(k.Value) != "ben's" || k.Version != 1 {
 		t.Fatalf("ben's key: %+v %v", k, err)
 	}
+}
+
+// renewing is a client node with a user logged in, in a cluster whose clock can be
+// set, and whose only signer answers renewals when it is let.
+func renewing(t *testing.T, ctx context.Context) (n1, c *Node, wall *clock.Shifted, asked chan context.Context, answer chan struct{}, invite func() string) {
+	t.Helper()
+	cfg := config(t)
+	wall = &clock.Shifted{}
+	cfg.Clock = wall
+	if err := Found(cfg); err != nil {
+		t.Fatal(err)
+	}
+	n1, _ = start(t, cfg)
+	settled(t, n1, 1)
+	asked, answer = make(chan context.Context, 100), make(chan struct{})
+	t.Cleanup(func() { close(answer) })
+	n1.ep.Handle(methodRelogin, func(ctx context.Context, from ids.Node, req, proof []byte) (any, []byte, error) {
+		asked <- ctx
+		select {
+		case <-answer:
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		}
+		return n1.serveRelogin(ctx, from, req, proof)
+	})
+	tok, err := n1.token(asRoot(ctx, n1), 0, 0, record.RoleClient)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ccfg := config(t)
+	ccfg.Clock = wall
+	if err := Join(ctx, ccfg, cfg.Addr, tok); err != nil {
+		t.Fatal(err)
+	}
+	c, _ = start(t, ccfg)
+	settled(t, c, 2)
+	root := principal.Principal{Node: n1.id}
+	if _, err := n1.record.do(ctx, record.Command{Who: root, PutUser: &record.User{Name: "ana", UID: 1001, GID: 1001}}); err != nil {
+		t.Fatal(err)
+	}
+	return n1, c, wall, asked, answer, func() string {
+		v := principal.NewInvite()
+		if _, err := n1.record.do(ctx, record.Command{Who: root, AddLogin: &record.LoginToken{ID: v.ID(), User: "ana", Expires: wall.Wall().Add(time.Hour).UnixNano()}}); err != nil {
+			t.Fatal(err)
+		}
+		return v.Text()
+	}
+}
+
+// Who logs out, or in anew, while his credential is being renewed stays so: the
+// answer that comes later is nobody's.
+func TestLogoutDuringRenewal(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	_, c, wall, asked, answer, invite := renewing(t, ctx)
+	logIn := func(uid uint32) *login {
+		t.Helper()
+		l, err := c.login(ctx, uid, invite())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	now := time.Duration(0)
+	renews := func() (in context.Context) { // more than half of all credentials is over
+		t.Helper()
+		now += principal.Validity/2 + time.Minute
+		if err := wall.Set(now, 0); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case in = <-asked:
+		case <-ctx.Done():
+			t.Fatal("no renewal")
+		}
+		return in
+	}
+	answered := func(in context.Context) {
+		select {
+		case answer <- struct{}{}:
+		case <-in.Done(): // it was given up
+		}
+	}
+	for what, change := range map[string]func() *login{
+		"out": func() *login {
+			if err := c.logout(5000); err != nil {
+				t.Fatal(err)
+			}
+			return nil
+		},
+		"in": func() *login { return logIn(5000) },
+	} {
+		logIn(5000)
+		in := renews()
+		want := change()
+		answered(in)
+		logIn(6000) // when that is renewed, the other is done with
+		in = renews()
+		if got := c.logins.of(5000); (got == nil) != (want == nil) || got != nil && got.cred.Serial != want.cred.Serial {
+			t.Errorf("%s: uid 5000 speaks by %v, not %v", what, got, want)
+		}
+		if _, err := os.Stat(c.loginPath(5000)); (err == nil) != (want != nil) {
+			t.Errorf("%s: its file: %v", what, err)
+		}
+		for _, uid := range []uint32{5000, 6000} {
+			if err := c.logout(uid); err != nil && !errs.Has(err, errs.NotFound) {
+				t.Fatal(err)
+			}
+		}
+		answered(in)
+	}
+}
+
+// A renewal that is not answered holds up nothing else on its node.
+func TestSlowRenewal(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	_, c, wall, asked, _, invite := renewing(t, ctx)
+	if _, err := c.login(ctx, 5000, invite()); err != nil {
+		t.Fatal(err)
+	}
+	if err := wall.Set(principal.Validity/2+time.Minute, 0); err != nil {
+		t.Fatal(err)
+	}
+	for try := 0; try < 5; try++ { // this machine may be slow, too
+		var in context.Context
+		select {
+		case in = <-asked:
+		case <-ctx.Done():
+			t.Fatal("no renewal")
+		}
+		for range 3 {
+			c.nudge()
+			await(t, "the steward looks", func() bool { return len(c.stir) == 0 })
+		}
+		if in.Err() == nil {
+			return
+		}
+	}
+	t.Error("the steward waits for the renewal")
 }

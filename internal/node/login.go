@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
@@ -47,8 +48,9 @@ type login struct {
 
 // logins are those of a client node, by local uid.
 type logins struct {
-	mu sync.Mutex
-	by map[uint32]*login
+	changing sync.Mutex // held while by and the file change together; before mu
+	mu       sync.Mutex
+	by       map[uint32]*login
 }
 
 func (l *logins) of(uid uint32) *login {
@@ -70,13 +72,16 @@ func (l *logins) set(uid uint32, x *login) {
 	}
 }
 
-// replace puts x in the place of was, if that is still there.
-func (l *logins) replace(uid uint32, was, x *login) {
+// replace puts x in the place of was, if that is still there, and reports whether
+// it was.
+func (l *logins) replace(uid uint32, was, x *login) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.by[uid] == was {
-		l.by[uid] = x
+	if l.by[uid] != was {
+		return false
 	}
+	l.by[uid] = x
+	return true
 }
 
 func (l *logins) all() map[uint32]*login {
@@ -129,11 +134,18 @@ func (n *Node) loadLogins() error {
 	return nil
 }
 
-// accept keeps a proof that a local user speaks by from now on.
-func (n *Node) acceptLogin(uid uint32, p principal.Proof) (*login, error) {
+// acceptLogin keeps a proof that a local user speaks by from now on. If it is the
+// newer one of was, the user must not have logged out meanwhile, nor in anew: class
+// Stale.
+func (n *Node) acceptLogin(uid uint32, p principal.Proof, was *login) (*login, error) {
 	c, err := principal.Verify(n.holder.Trust(), p, n.id, n.cfg.Clock.Wall())
 	if err != nil {
 		return nil, err
+	}
+	n.logins.changing.Lock()
+	defer n.logins.changing.Unlock()
+	if was != nil && n.logins.of(uid) != was {
+		return nil, errs.E(errs.Stale, "keep login", c.String(), "uid %d speaks by it no more", uid)
 	}
 	if err := n.cfg.FS.MkdirAll(n.cfg.path(dirLogins), 0o700); err != nil {
 		return nil, errs.Wrap(err, "keep login", n.cfg.path(dirLogins))
@@ -174,20 +186,45 @@ func (n *Node) login(ctx context.Context, uid uint32, text string) (*login, erro
 	if err != nil {
 		return nil, err
 	}
-	return n.acceptLogin(uid, p)
+	return n.acceptLogin(uid, p, nil)
 }
 
 // logout forgets what a local user speaks by.
 func (n *Node) logout(uid uint32) error {
-	if n.logins.of(uid) == nil {
+	l := n.logins.of(uid)
+	if l == nil {
 		return errs.E(errs.NotFound, "log out", fmt.Sprintf("uid %d", uid), "nobody has logged in")
 	}
-	n.logins.set(uid, nil)
-	err := n.cfg.FS.Remove(n.loginPath(uid))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
+	return n.endLogin(uid, nil)
+}
+
+// endLogin forgets, on the disk first, what a local user speaks by; if only is
+// given, only if it is that.
+func (n *Node) endLogin(uid uint32, only *login) error {
+	n.logins.changing.Lock()
+	defer n.logins.changing.Unlock()
+	if only != nil && n.logins.of(uid) != only {
+		return nil
 	}
-	return errs.Wrap(err, "log out", n.loginPath(uid))
+	err := n.cfg.FS.Remove(n.loginPath(uid))
+	if err == nil {
+		err = disk.SyncDir(n.cfg.FS, n.cfg.path(dirLogins))
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return errs.Wrap(err, "log out", n.loginPath(uid))
+	}
+	n.logins.set(uid, nil)
+	return nil
+}
+
+// keepLogins renews credentials for as long as ctx lasts. It waits for answers of
+// others, as the steward must not.
+func (n *Node) keepLogins(ctx context.Context) error {
+	for ctx.Err() == nil {
+		n.renewLogins(ctx)
+		pause(ctx, stewardTick)
+	}
+	return nil
 }
 
 // renewLogins exchanges credentials of which less than half is left.
@@ -199,16 +236,19 @@ func (n *Node) renewLogins(ctx context.Context) {
 		if left > principal.Validity/2 || l.cred.Expires == l.cred.Renewable || time.Since(l.tried) < renewAgain {
 			continue
 		}
-		n.logins.replace(uid, l, &login{proof: l.proof, cred: l.cred, tried: time.Now()})
-		l = n.logins.of(uid)
+		trying := &login{proof: l.proof, cred: l.cred, tried: time.Now()}
+		if !n.logins.replace(uid, l, trying) {
+			continue
+		}
+		l = trying
 		p, err := n.askSigner(ctx, methodRelogin, nil, l.proof)
 		switch {
 		case err == nil:
-			_, err = n.acceptLogin(uid, p)
+			_, err = n.acceptLogin(uid, p, l)
 		case errs.Has(err, errs.Unauthorized) || errs.Has(err, errs.NotFound): // for good
-			err = errors.Join(err, n.logout(uid))
+			err = errors.Join(err, n.endLogin(uid, l))
 		}
-		if err != nil && ctx.Err() == nil {
+		if err != nil && ctx.Err() == nil && !errs.Has(err, errs.Stale) {
 			n.cfg.Log.Warn("a credential is not renewed", "of", l.cred.String(), "err", firstLine(err))
 		}
 	}
@@ -222,6 +262,9 @@ func (n *Node) serveLogin(ctx context.Context, from ids.Node, req, _ []byte) (an
 	}
 	ca, err := n.authority()
 	if err != nil {
+		return nil, nil, err
+	}
+	if err := n.invitation(ctx, q.Secret.ID(), from); err != nil {
 		return nil, nil, err
 	}
 	settle, err := n.knocks.propose(from, len(req), time.Now())
@@ -241,6 +284,19 @@ func (n *Node) serveLogin(ctx context.Context, from ids.Node, req, _ []byte) (an
 	}
 	p, err := principal.Sign(ca, c)
 	return loginReply{p}, nil, err
+}
+
+// invitation looks whether there is one, and not spent by another node: whoever
+// guesses gets no proposal.
+func (n *Node) invitation(ctx context.Context, id record.LoginID, from ids.Node) error {
+	if _, err := n.rec.ReadIndex(ctx); err != nil {
+		return err
+	}
+	l, err := n.record.view().Login(id)
+	if err == nil && l.Spent != 0 && l.Spent != from || errs.Has(err, errs.NotFound) {
+		return n.refused(ctx, principal.Of(from), "log in", from, errs.E(errs.Unauthorized, "log in", "", "the login token is not one of this cluster, or was used"))
+	}
+	return err
 }
 
 // serveRelogin gives a newer credential for one that still counts.

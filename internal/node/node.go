@@ -356,6 +356,9 @@ func (n *Node) parts() []part {
 		ps = append(ps, part{partGroups, n.host.Run}, part{"members", n.members.Run}, part{"clocks", n.watchClocks})
 	}
 	ps = append(ps, part{"strangers", n.lookUp}, part{"farewell", n.farewell})
+	if n.disk.Role == record.RoleClient {
+		ps = append(ps, part{"logins", n.keepLogins})
+	}
 	if n.disk.Role != record.RoleStore {
 		return append(ps, part{"seek", n.seek}, part{"follow", n.follow}, part{"steward", n.steward}, part{"control", n.ctl.Run})
 	}

@@ -76,7 +76,6 @@ type steward struct {
 func (s *steward) look(ctx context.Context) bool {
 	n := s.n
 	s.renew(ctx)
-	n.renewLogins(ctx)
 	n.noteMove(ctx)
 	n.tellUntold(ctx, time.Now())
 	n.guard(ctx, &s.keys)

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
@@ -279,7 +280,17 @@ func TestUsers(t *testing.T) {
 	if again := r.raw(r.log[len(r.log)-1]); again.User == nil || again.User.Name != "ana" || again.Index != first.Index { // its answer was lost
 		t.Fatalf("%+v", again)
 	}
-	r.refuse(login(5, 2, 99), errs.Unauthorized, "was used")
+	if again := r.must(login(5, 2, 99)); again.User == nil || again.User.Name != "ana" || again.Revision != first.Revision { // by another attempt
+		t.Fatalf("%+v", again)
+	}
+	r.refuse(login(5, 1, 99), errs.Unauthorized, "was used") // another node
+	r.refuse(login(5, 2, 100), errs.Unauthorized, "was used")
+	const long = int64(1000 * time.Hour)
+	r.must(add(11, "ana", long))
+	r.must(login(11, 2, 1000))
+	r.must(login(11, 2, 999+int64(LoginAgain)))
+	r.refuse(login(11, 2, 1000+int64(LoginAgain)), errs.Unauthorized, "was used") // who has it in his history has nothing
+	r.must(add(12, "ana", long-1))
 
 	r.must(add(10, "ana", 100))
 	r.must(Command{DropUser: "ana"})

@@ -1,6 +1,8 @@
 package record
 
 import (
+	"time"
+
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
@@ -31,7 +33,14 @@ type LoginToken struct {
 	ID      LoginID `cbor:"1,keyasint"`
 	User    string  `cbor:"2,keyasint"`
 	Expires int64   `cbor:"3,keyasint"` // cluster time, ns
+	// Spent is the node that has logged in with it, if one has. That node may say it
+	// again, for LoginAgain, for it may not have heard the answer.
+	Spent ids.Node `cbor:"4,keyasint,omitempty"`
 }
+
+// LoginAgain is for how long a spent login token counts for the node that has
+// spent it: as long as somebody may try again who has had no answer.
+const LoginAgain = 10 * time.Minute
 
 // Login spends a login token. The node is that from which the user is to speak.
 // The credential is signed by who proposed it, with Result.User.
@@ -149,8 +158,8 @@ func (t *txn) addLogin(l LoginToken) Refusal {
 	t.count.Revision++
 	if all := t.logins(); len(all) >= MaxLogins {
 		first := 0
-		for i := range all {
-			if all[i].Expires < all[first].Expires {
+		for i := range all { // spent ones go before others
+			if was, is := all[first].Spent != 0, all[i].Spent != 0; was != is && is || was == is && all[i].Expires < all[first].Expires {
 				first = i
 			}
 		}
@@ -166,7 +175,7 @@ func (t *txn) login(c *Login) (*User, Refusal) {
 	switch {
 	case m == nil || !m.State.Belongs():
 		return nil, no(errs.Unauthorized, "%v is no member", c.Node)
-	case !t.load(t.loginKey(c.ID), &l):
+	case !t.load(t.loginKey(c.ID), &l), l.Spent != 0 && (l.Spent != c.Node || c.Now >= l.Expires):
 		return nil, no(errs.Unauthorized, "the login token is not one of this cluster, or was used")
 	case c.Now >= l.Expires:
 		return nil, no(errs.Unauthorized, "the login token of %s has expired", l.User)
@@ -178,8 +187,11 @@ func (t *txn) login(c *Login) (*User, Refusal) {
 	case u.Disabled:
 		return nil, no(errs.Unauthorized, "user %s is disabled", u.Name)
 	}
-	t.count.Revision++
-	t.delete(t.loginKey(c.ID))
+	if l.Spent == 0 {
+		t.count.Revision++
+		l.Spent, l.Expires = c.Node, min(l.Expires, c.Now+int64(LoginAgain))
+		t.save(t.loginKey(c.ID), l)
+	}
 	return u, done
 }
 
@@ -206,7 +218,16 @@ func (v View) User(name string) (u User, err error) {
 	return *p, nil
 }
 
-// Logins returns the login tokens that exist, expired ones included.
+// Login returns the login token that has the hash; class NotFound if there is none.
+func (v View) Login(id LoginID) (l LoginToken, err error) {
+	defer caught(&err)
+	if !v.s.load(v.s.loginKey(id), &l) {
+		return l, errs.E(errs.NotFound, "login token", "", "not in the record")
+	}
+	return l, nil
+}
+
+// Logins returns the login tokens that exist, expired and spent ones included.
 func (v View) Logins() (out []LoginToken, err error) {
 	defer caught(&err)
 	return v.s.logins(), nil
