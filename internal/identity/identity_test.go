@@ -89,6 +89,27 @@ func TestVerifyJoin(t *testing.T) {
 	if tr, err := VerifyJoin(chain, ca.Trust().Fingerprint(), time.Now()); err != nil || tr.Cluster() != "home" {
 		t.Fatal(err)
 	}
+	for _, role := range []Role{RoleClient, RoleWitness} { // who is trusted with nothing hears no secret
+		_, csr, err := NewRequest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := ca.Sign(csr, 2, role, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, err := parseCert(cert)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := VerifyJoin([]*x509.Certificate{leaf, ca.Trust().cert}, ca.Trust().Fingerprint(), time.Now()); !errs.Has(err, errs.Unauthorized) {
+			t.Errorf("a %s node: %v", role, err)
+		}
+	}
 	_, forged := node(t, other, 1, time.Now())
 	for what, c := range map[string][]*x509.Certificate{
 		"other authority":        {forged, other.Trust().cert},

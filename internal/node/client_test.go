@@ -390,3 +390,35 @@ func TestSlowRenewal(t *testing.T) {
 	}
 	t.Error("the steward waits for the renewal")
 }
+
+// A credential whose renewal is refused for good is not asked for again.
+func TestRefusedRenewal(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n1, c, wall, asked, answer, invite := renewing(t, ctx)
+	if _, err := c.login(ctx, 5000, invite()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n1.record.do(ctx, record.Command{Who: principal.Principal{Node: n1.id}, PutUser: &record.User{Name: "ana", UID: 1001, GID: 1001, Disabled: true}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := wall.Set(principal.Validity/2+time.Minute, 0); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case answer <- struct{}{}:
+	case <-ctx.Done():
+		t.Fatal("no renewal")
+	}
+	await(t, "the login has ended", func() bool { return c.logins.of(5000) == nil })
+	if _, err := os.Stat(c.loginPath(5000)); !os.IsNotExist(err) {
+		t.Errorf("its file: %v", err)
+	}
+	for len(asked) > 0 { // one, and those before that were given up
+		<-asked
+	}
+	c.renewLogins(ctx)
+	if len(asked) != 0 {
+		t.Error("it is asked for again")
+	}
+}

@@ -313,3 +313,79 @@ func TestWhoAdministers(t *testing.T) {
 		t.Errorf("removal by the administrator on a storing node: %v", err)
 	}
 }
+
+// A live node is put out by force: what it could not finish is lost, for all to
+// see; and nothing that it says counts any more. Where that would cost the quorum
+// it is refused.
+func TestRemovalByForce(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cfg1 := config(t)
+	if err := Found(cfg1); err != nil {
+		t.Fatal(err)
+	}
+	n1, _ := start(t, cfg1, func(n *Node) { n.began = n.began.Add(-2 * settling) })
+	settled(t, n1, 1)
+	n2, _, _ := join(t, ctx, n1, record.RoleStore)
+	voters(t, n1, 1, 2)
+	settled(t, n1, 2)
+	if err := n1.Remove(asRoot(ctx, n1), 2, true); !errs.Has(err, errs.NoQuorum) {
+		t.Fatalf("one of two: %v", err)
+	}
+	n3, _, _ := join(t, ctx, n1, record.RoleStore)
+	for _, n := range []*Node{n1, n2, n3} {
+		settled(t, n, 3)
+		voters(t, n, 1, 2, 3)
+	}
+	id, err := n3.jobs.NewID(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n3.record.do(ctx, record.Command{PutJobs: []record.Job{{ID: id, Incarnation: 1, Home: 3, Node: 3, State: record.JobRunning, Detached: true, Argv: [][]byte{[]byte("x")}}}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := n1.Remove(asRoot(ctx, n1), 3, true); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "its job is lost", func() bool {
+		j, err := n1.record.view().Job(id)
+		return err == nil && j.State == record.JobLost
+	})
+	if _, err := n1.believe(ctx, 3, principal.Of(3), nil, "propose"); !errs.Has(err, errs.Unauthorized) {
+		t.Errorf("it is believed: %v", err)
+	}
+	voters(t, n1, 1, 2)
+}
+
+// The authority's key stays on a node that was given it for a vote to come, and goes
+// from one that will not vote once another can sign.
+func TestKeyOfASpare(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	c, _, _ := join(t, ctx, n1, record.RoleStore)
+	join(t, ctx, n1, record.RoleStore)
+	voters(t, n1, 1, 2, 3)
+	n4, cfg4, _ := join(t, ctx, n1, record.RoleStore)
+	settled(t, n4, 4)
+	settled(t, c, 4)
+	await(t, "n4 believes the others to be alive", func() bool { return n4.alive(1) })
+	if err := n1.entrust(ctx, 4); err != nil {
+		t.Fatal(err)
+	}
+	long := time.Now().Add(-2 * keepKeyFor)
+	drop := func(voters ...ids.Node) bool {
+		n4.dropAuthority(ctx, &guardian{since: long}, voters)
+		return !holdsAuthority(cfg4)
+	}
+	if drop(1, 2, 3) {
+		t.Fatal("it is removed before the vote for which it was given")
+	}
+	n4.entrusted.Store(long.UnixNano())
+	if drop() {
+		t.Fatal("it is removed though nobody says that he can sign")
+	}
+	if !drop(1, 2, 3) {
+		t.Fatal("it is kept")
+	}
+}

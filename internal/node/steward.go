@@ -155,6 +155,9 @@ func (s *steward) bury(ctx context.Context, members []record.Member) {
 		}
 		s.buried[m.ID] = time.Now()
 		if err := n.manager.NodeDead(ctx, m.ID); err != nil && ctx.Err() == nil {
+			if !m.State.Belongs() { // else this would have been its one time
+				delete(s.buried, m.ID)
+			}
 			n.cfg.Log.Warn("its jobs are not marked lost yet", "member", m.ID.String(), "err", err)
 		}
 	}

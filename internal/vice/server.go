@@ -101,14 +101,20 @@ func handle[Q any, R any](s *Server, method string, f func(ctx context.Context, 
 			return nil, nil, errs.E(errs.NotFound, method, "", "group %d is not served here", c.group())
 		}
 		r, err := f(ctx, from, &q)
-		if errs.Has(err, errs.IO) { // a host whose disk fails ends, and another node leads: the client asks there
-			err = errs.E(errs.Unavailable, method, "", "the leader's disk fails: %w", err)
-		}
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, forClient(method, err)
 		}
 		return r, nil, nil
 	})
+}
+
+// forClient is what a client hears of an error: a host whose disk fails ends, and
+// another node leads, so it asks there.
+func forClient(method string, err error) error {
+	if errs.Has(err, errs.IO) {
+		return errs.E(errs.Unavailable, method, "", "the leader's disk fails: %w", err)
+	}
+	return err
 }
 
 func (c *Caller) group() ids.Group { return c.Group }
