@@ -234,6 +234,7 @@ func TestFaultsUnderLoad(t *testing.T) {
 		others := slices.DeleteFunc(slices.Clone(nodes), func(n string) bool { return n == lead })
 		began := time.Now()
 		c.lab("pause", lead)
+		defer c.unum(60*time.Second, "lab", "resume", "--name", c.name, lead) // others' writers end even if this fails
 		next := ""
 		until(t, "another leads", 60*time.Second, func() bool {
 			next = c.rootLeader(others[0])

@@ -355,6 +355,8 @@ func cuts(t *testing.T, some int, fault func(s *story, k int64) disk.Fault) {
 	if testing.Short() {
 		some = 2
 	}
+	all := os.Getenv("UNUM_TORTURE") != ""
+	hits, stops := 0, 0
 	for _, s := range stories() {
 		t.Run(s.name, func(t *testing.T) {
 			sc, err := s.scene(seed)
@@ -385,10 +387,14 @@ func cuts(t *testing.T, some int, fault func(s *story, k int64) disk.Fault) {
 				}
 			}
 			t.Logf("%d operations, %d acknowledged; %d tried, %d of them after an acknowledgement, %d stopped the host", whole.ops, whole.acks, hit, late, stopped)
-			if hit == 0 || late == 0 && os.Getenv("UNUM_TORTURE") != "" || f.Err != nil && stopped == 0 {
+			if hit == 0 || all && (late == 0 || f.Err != nil && stopped == 0) {
 				t.Error("too little")
 			}
+			hits, stops = hits+hit, stops+stopped
 		})
+	}
+	if fault(stories()[0], 1).Err != nil && stops == 0 && !t.Failed() {
+		t.Errorf("of %d failures none stopped a host", hits)
 	}
 }
 

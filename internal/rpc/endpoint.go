@@ -49,9 +49,9 @@ type Config struct {
 	// Permit returns why a peer may not call the method, send the cast, or open the
 	// stream of that name; nil permits all. It must be quick.
 	Permit func(p identity.Peer, what string) error
-	// Clock tells whether certificates hold; nil: the machine's. Nothing else here
-	// looks at the time of day: connections outlive its jumps, if the certificates
-	// do.
+	// Clock tells whether certificates hold; nil: the machine's. At a handshake that
+	// is a matter of the time of day; a connection ends when as much time has passed
+	// as its certificate had left then, and outlives the jumps of the time of day.
 	Clock clock.Clock
 	Log   *slog.Logger
 }
@@ -100,7 +100,7 @@ type Endpoint struct {
 	live  map[ids.Node]int      // links per peer
 	dirty map[ids.Node]struct{} // peers whose liveness may have changed
 	// proven is, of the certificates that a peer with links has shown, the last to end.
-	proven  map[ids.Node]identity.Peer
+	proven  map[ids.Node]proof
 	renewed time.Duration // renewedWithin; tests change it
 }
 
@@ -130,7 +130,7 @@ func New(cfg Config) (*Endpoint, error) {
 		cfg: cfg, lis: lis, self: newQueue(castLimit), stir: make(chan struct{}, 1),
 		calls: make(map[string]Handler), bulk: make(map[string]bool), casts: make(map[string]CastHandler), streams: make(map[string]StreamHandler),
 		peers: make(map[ids.Node]*peer), links: make(map[*link]struct{}), live: make(map[ids.Node]int), dirty: make(map[ids.Node]struct{}),
-		proven: make(map[ids.Node]identity.Peer), renewed: renewedWithin,
+		proven: make(map[ids.Node]proof), renewed: renewedWithin,
 	}
 	e.ctx, e.cancel = context.WithCancelCause(context.Background())
 	return e, nil

@@ -38,6 +38,7 @@ type link struct {
 	e       *Endpoint
 	peer    ids.Node
 	shown   identity.Peer // what its certificate proved
+	proof   proof         // and for how long
 	lane    laneKind
 	dialled bool
 	addr    string // that was dialled
@@ -66,7 +67,7 @@ type reply struct {
 }
 
 func (e *Endpoint) newLink(peer identity.Peer, lane laneKind, dialled bool, raw *rawConn, conn net.Conn) *link {
-	l := &link{e: e, peer: peer.Node, shown: peer, lane: lane, dialled: dialled, raw: raw, conn: conn, out: newQueue(sendLimit), made: time.Now(),
+	l := &link{e: e, peer: peer.Node, shown: peer, proof: e.proofBy(peer), lane: lane, dialled: dialled, raw: raw, conn: conn, out: newQueue(sendLimit), made: time.Now(),
 		calls: make(map[uint64]chan reply), hands: make(map[uint64]context.CancelFunc)}
 	l.ctx, l.cancel = context.WithCancelCause(e.ctx)
 	l.ping = func() { l.out.put(frame{typ: framePing}, true) }

@@ -28,14 +28,18 @@ func TestRefusals(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	refused := func(what string, e *running, to ids.Node) {
+	refusedAs := func(c errs.Class, what string, e *running, to ids.Node) {
 		t.Helper()
-		if _, err := e.Call(ctx, to, "echo", nil, nil, nil); !errs.Has(err, errs.Unauthorized) {
+		if _, err := e.Call(ctx, to, "echo", nil, nil, nil); !errs.Has(err, c) {
 			t.Errorf("%s: call: %v (%v)", what, err, errs.ClassOf(err))
 		}
-		if _, err := e.Dial(ctx, to, "x"); !errs.Has(err, errs.Unauthorized) {
+		if _, err := e.Dial(ctx, to, "x"); !errs.Has(err, c) {
 			t.Errorf("%s: dial: %v", what, err)
 		}
+	}
+	refused := func(what string, e *running, to ids.Node) {
+		t.Helper()
+		refusedAs(errs.Unauthorized, what, e, to)
 	}
 	foreign := n.start(2, holder(t, other, 2, time.Now()), echo)
 	refused("another authority", foreign, 1)
@@ -48,7 +52,7 @@ func TestRefusals(t *testing.T) {
 	n.mu.Lock()
 	n.at[5] = n.at[1]
 	n.mu.Unlock()
-	refused("another node than meant", fine, 5)
+	refusedAs(errs.Unavailable, "another node than meant", fine, 5) // who was there has gone
 
 	// A member that is removed loses its connections and gets no new ones.
 	if _, err := fine.Call(ctx, 1, "echo", nil, nil, nil); err != nil {

@@ -216,8 +216,8 @@ func (e *Endpoint) clientTLS(to ids.Node, kind laneKind) *tls.Config {
 			if err != nil {
 				return err
 			}
-			if p.Node != to {
-				return errs.E(errs.Unauthorized, "verify certificate", p.Node.String(), "%v was meant", to)
+			if p.Node != to { // a good node, at an address that was another's: that one is gone
+				return errs.E(errs.Unavailable, "verify certificate", p.Node.String(), "%v was meant", to)
 			}
 			if !e.cfg.Allowed(p) {
 				return errs.E(errs.Unauthorized, "verify certificate", p.Node.String(), "it is not the member of this name")

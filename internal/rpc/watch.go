@@ -3,7 +3,9 @@ package rpc
 import (
 	"time"
 
+	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 )
 
@@ -64,7 +66,7 @@ func (e *Endpoint) judge(l *link) {
 		return
 	}
 	if e.ended(l) {
-		l.close(errs.E(errs.Unavailable, "", l.peer.String(), "the certificate it came by ended %s", l.shown.Until.UTC().Format(time.RFC3339)))
+		l.close(errs.E(errs.Unavailable, "", l.peer.String(), "the certificate it came by, which held until %s, has ended", l.shown.Until.UTC().Format(time.RFC3339)))
 		return
 	}
 	silent := l.raw.silence()
@@ -86,13 +88,25 @@ func (e *Endpoint) judge(l *link) {
 	}
 }
 
+// proof is what a peer has shown for a link: by which key, and until when on this
+// machine's clock of time that passes. Of the time of day, which may be set, only
+// the handshake asks; a link outlives its jumps.
+type proof struct {
+	key   [32]byte
+	until clock.Instant
+}
+
+func (e *Endpoint) proofBy(p identity.Peer) proof {
+	c := e.cfg.Clock
+	return proof{p.Key, c.Now().Add(p.Until.Sub(c.Wall()))}
+}
+
 // ended reports whether the peer has nothing to show for a link any more. A
 // connection that is made anew shows the certificate of the day; streams cannot
 // be made anew, and go on by one that the same key has shown elsewhere.
 func (e *Endpoint) ended(l *link) bool {
-	now := e.cfg.Clock.Wall()
-	if !now.After(l.shown.Until) {
-		l.over = 0
+	now := e.cfg.Clock.Now()
+	if now <= l.proof.until {
 		return false
 	}
 	if l.lane != laneMux {
@@ -101,7 +115,7 @@ func (e *Endpoint) ended(l *link) bool {
 	e.mu.Lock()
 	best, limit := e.proven[l.peer], e.renewed
 	e.mu.Unlock()
-	if best.Key == l.shown.Key && !now.After(best.Until) {
+	if best.key == l.proof.key && now <= best.until {
 		l.over = 0
 		return false
 	}
@@ -116,8 +130,8 @@ func (e *Endpoint) track(l *link) {
 	e.mu.Lock()
 	e.links[l] = struct{}{}
 	e.live[l.peer]++
-	if best := e.proven[l.peer]; best.Key != l.shown.Key || l.shown.Until.After(best.Until) {
-		e.proven[l.peer] = l.shown
+	if best := e.proven[l.peer]; best.key != l.proof.key || l.proof.until > best.until {
+		e.proven[l.peer] = l.proof
 	}
 	e.stirLocked(l.peer)
 	e.mu.Unlock()

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"testing"
@@ -87,9 +88,21 @@ func TestLinksEndWithTheirCertificates(t *testing.T) {
 	}
 	old := client.peer(1).lanes[laneCall].link
 
+	// The time of day is set, there and back: nothing has ended.
+	for _, jump := range []time.Duration{2 * identity.NodeValidity, -2 * identity.NodeValidity, 0} {
+		if err := wall.Set(jump, 0); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(4 * watchTick); time.Now().Before(end); time.Sleep(watchTick / 5) {
+			if err := errors.Join(said(), call()); err != nil || !old.alive() {
+				t.Fatalf("clocks at %v: %v", jump, err)
+			}
+		}
+	}
+
 	// The certificates end; both have others, which hold for half a day more.
 	renew(12 * time.Hour)
-	if err := wall.Set(identity.NodeValidity+time.Hour, 0); err != nil {
+	if err := wall.Set(identity.NodeValidity+time.Hour, identity.NodeValidity+time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	until(t, 20*time.Second, "the connection made by the certificate that ended is closed", func() bool { return !old.alive() })
@@ -102,7 +115,7 @@ func TestLinksEndWithTheirCertificates(t *testing.T) {
 	}
 
 	// These end too, and nobody has others.
-	if err := wall.Set(identity.NodeValidity+24*time.Hour, 0); err != nil {
+	if err := wall.Set(identity.NodeValidity+24*time.Hour, identity.NodeValidity+24*time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	until(t, 20*time.Second, "all connections end", func() bool { return !server.Connected(2) && !client.Connected(1) })

@@ -328,7 +328,7 @@ func (c *Client) once(ctx context.Context, method string, req, resp any) error {
 		c.leader.Store(uint64(n))
 	}
 	_, err := c.cfg.Peers.Call(ctx, n, method, req, nil, resp)
-	if err != nil && retry(err) {
+	if err != nil && (retry(err) || errs.Has(err, errs.Unauthorized)) { // perhaps another leads
 		c.leader.CompareAndSwap(uint64(n), 0)
 	}
 	return err
