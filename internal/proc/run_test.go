@@ -333,7 +333,6 @@ func TestStop(t *testing.T) {
 	}
 	b := make([]byte, 3)
 	io.ReadFull(out, b)
-	c.Process.Signal(unix.SIGTSTP)
 	state := func(pid int) byte {
 		s, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		i := bytes.LastIndexByte(s, ')')
@@ -353,7 +352,9 @@ func TestStop(t *testing.T) {
 		}
 		return 0
 	}
-	p := program()
+	p := 0 // its first words may come before the manager knows its number
+	until(t, "the program is known", func() bool { p = program(); return p != 0 })
+	c.Process.Signal(unix.SIGTSTP)
 	until(t, "both stopped", func() bool { return state(c.Process.Pid) == 'T' && state(p) == 'T' })
 	c.Process.Signal(unix.SIGCONT)
 	until(t, "both continued", func() bool { return state(c.Process.Pid) != 'T' && state(p) != 'T' })
