@@ -36,7 +36,7 @@ func openDB(fsys vfs.FS, dir string, cache *pebble.Cache, log *slog.Logger, fata
 		EventListener: &pebble.EventListener{
 			// The engine would try its flush or compaction again at once, without end and
 			// on a whole processor, while its log grows.
-			BackgroundError: func(err error) { fatal(dbErr(err, "flush or compact", dir)) },
+			BackgroundError: func(err error) { fatal(dbErr(err, "flush, compact or look after", dir)) },
 			DataCorruption: func(i pebble.DataCorruptionInfo) {
 				fatal(errs.E(errs.Corrupt, "read database", i.Path, "%v", i.Details))
 			},

@@ -2,13 +2,16 @@ package node
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/record"
@@ -421,4 +424,84 @@ func TestRefusedRenewal(t *testing.T) {
 	if len(asked) != 0 {
 		t.Error("it is asked for again")
 	}
+}
+
+// user adds a user to the record and logs him in on a client node, as uid 5000.
+func user(t *testing.T, ctx context.Context, n1, c *Node) *login {
+	t.Helper()
+	root := principal.Principal{Node: n1.id}
+	v := principal.NewInvite()
+	for _, cmd := range []record.Command{
+		{Who: root, PutUser: &record.User{Name: "ana", UID: 1001, GID: 1001}},
+		{Who: root, AddLogin: &record.LoginToken{ID: v.ID(), User: "ana", Expires: n1.cfg.Clock.Wall().Add(time.Hour).UnixNano()}},
+	} {
+		if _, err := n1.record.do(ctx, cmd); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l, err := c.login(ctx, 5000, v.Text())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// A client node that was off until its certificate had ended keeps its users'
+// logins, which last longer.
+func TestLoginsOutliveTheCertificate(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	wall := &clock.Shifted{}
+	cfg := config(t)
+	cfg.Clock = wall
+	if err := Found(cfg); err != nil {
+		t.Fatal(err)
+	}
+	n1, _ := start(t, cfg)
+	settled(t, n1, 1)
+	tok, err := n1.token(asRoot(ctx, n1), 0, 0, record.RoleClient)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ccfg := config(t)
+	ccfg.Clock = wall
+	if err := Join(ctx, ccfg, cfg.Addr, tok); err != nil {
+		t.Fatal(err)
+	}
+	c, stop := start(t, ccfg)
+	settled(t, c, 2)
+	old := user(t, ctx, n1, c)
+	stop()
+	if err := wall.Set(identity.NodeValidity+24*time.Hour, 0); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the storing node has another certificate", n1.certHolds)
+	c, _ = start(t, ccfg)
+	await(t, "the login is renewed", func() bool {
+		l := c.logins.of(5000)
+		if l == nil {
+			t.Fatal("the login was thrown away")
+		}
+		return l.cred.Expires > old.cred.Expires
+	})
+}
+
+// More commands at once than a client node's window wait for each other.
+func TestManyAtOnce(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	c, _, _ := join(t, ctx, n1, record.RoleClient)
+	settled(t, c, 2)
+	l := user(t, ctx, n1, c)
+	var wg sync.WaitGroup
+	for i := range record.OtherWindow + 100 {
+		wg.Go(func() {
+			_, err := c.record.doAs(ctx, record.Command{Who: l.cred.Principal(), Put: &record.Put{Key: fmt.Sprintf("user/1001/%d", i), Value: []byte("x")}}, l.proof)
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
 }

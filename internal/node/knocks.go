@@ -141,6 +141,16 @@ func (k *knocks) due(now time.Time) (peer ids.Node, untold uint64, since time.Ti
 	return 0, 0, time.Time{}
 }
 
+// tellKnocks tells the audit of what was dropped, for as long as ctx lasts. It
+// waits for the record, as the steward must not.
+func (n *Node) tellKnocks(ctx context.Context) error {
+	for ctx.Err() == nil {
+		n.tellUntold(ctx, time.Now())
+		pause(ctx, stewardTick)
+	}
+	return nil
+}
+
 // tellUntold tells the audit, in one line, how much of a node was dropped.
 func (n *Node) tellUntold(ctx context.Context, now time.Time) {
 	peer, untold, since := n.knocks.due(now)

@@ -25,10 +25,16 @@ const lastLimit = 20 * time.Second
 
 // departing is the one leaving that is under way, whoever asked for it.
 type departing struct {
-	mu      sync.Mutex
+	mu   sync.Mutex
+	now  *departure // nil: none is
+	said string
+	news bell // rings when said has changed
+}
+
+// departure is one attempt.
+type departure struct {
 	waiters int
-	said    string
-	news    bell // rings when said has changed
+	over    bool // all who asked for it have given up: nobody joins it any more
 	done    chan struct{}
 	err     error // once done is closed
 	cancel  context.CancelFunc
@@ -38,24 +44,34 @@ type departing struct {
 // of them who gives up ends it.
 func (d *departing) join(ctx context.Context, leave func(ctx context.Context, say func(string)) error, progress func(string)) error {
 	d.mu.Lock()
-	if d.done == nil {
+	for d.now != nil && d.now.over { // it ends first
+		a := d.now
+		d.mu.Unlock()
+		select {
+		case <-a.done:
+		case <-ctx.Done():
+			return errs.E(errs.Interrupted, "leave the cluster", "", "interrupted before it began")
+		}
+		d.mu.Lock()
+	}
+	a := d.now
+	if a == nil {
 		lctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-		d.done, d.cancel, d.said, d.err = make(chan struct{}), cancel, "", nil
-		done := d.done
+		a = &departure{done: make(chan struct{}), cancel: cancel}
+		d.now, d.said = a, ""
 		go func() {
 			err := leave(lctx, d.say)
 			d.mu.Lock()
 			defer d.mu.Unlock()
-			d.err = err
+			a.err, a.over = err, false
 			if err != nil { // it may be tried again
-				d.done = nil
+				d.now = nil
 			}
 			cancel()
-			close(done)
+			close(a.done)
 		}()
 	}
-	done := d.done
-	d.waiters++
+	a.waiters++
 	d.mu.Unlock()
 	last := ""
 	tell := func() {
@@ -73,26 +89,21 @@ func (d *departing) join(ctx context.Context, leave func(ctx context.Context, sa
 		select {
 		case <-next:
 			continue
-		case <-done:
+		case <-a.done:
 			tell()
-			d.mu.Lock()
-			defer d.mu.Unlock()
-			d.waiters--
-			return d.err
+			return a.err
 		case <-ctx.Done():
 		}
 		d.mu.Lock()
-		d.waiters--
-		if d.waiters > 0 {
+		if a.waiters--; a.waiters > 0 {
 			d.mu.Unlock()
 			return errs.E(errs.Interrupted, "leave the cluster", "", "interrupted; somebody else has it leave all the same")
 		}
-		d.cancel()
+		a.over = true
+		a.cancel()
 		d.mu.Unlock()
-		<-done // it says how it ended: it may have been too late
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		return d.err
+		<-a.done // it says how it ended: it may have been too late
+		return a.err
 	}
 }
 

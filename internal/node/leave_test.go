@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -306,7 +309,7 @@ func TestWhoAdministers(t *testing.T) {
 	}
 	// The administrator of the cluster is known on the client node, too. What the
 	// record lets him do from there is its to say.
-	if err := c.Remove(asUser(ctx, 5000), 3, false); err != nil && !errs.Has(err, errs.Permission) {
+	if err := c.Remove(asUser(ctx, 5000), 3, false); !errs.Has(err, errs.Permission) {
 		t.Errorf("removal by the administrator, logged in on a client node: %v", err)
 	}
 	if err := n1.Remove(asUser(ctx, 2000), 3, false); err != nil {
@@ -387,5 +390,68 @@ func TestKeyOfASpare(t *testing.T) {
 	}
 	if !drop(1, 2, 3) {
 		t.Fatal("it is kept")
+	}
+}
+
+// Who asks a node to leave hears how the attempt ended that he waited for, also
+// when another begins at once.
+func TestFailedLeavingIsTold(t *testing.T) {
+	var d departing
+	fails := errors.New("it cannot")
+	leave := func(context.Context, func(string)) error {
+		runtime.Gosched()
+		return fails
+	}
+	var wrong atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 20_000 {
+				if err := d.join(context.Background(), leave, func(string) {}); err != fails {
+					wrong.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := wrong.Load(); n > 0 {
+		t.Errorf("%d were told that the node leaves", n)
+	}
+}
+
+// Who asks while the former one's attempt is being given up begins another.
+func TestLeavingAgain(t *testing.T) {
+	var d departing
+	stays, began := make(chan struct{}), make(chan struct{}, 2)
+	leave := func(ctx context.Context, _ func(string)) error {
+		began <- struct{}{}
+		<-ctx.Done()
+		<-stays
+		return errors.New("it stays")
+	}
+	ctx, giveUp := context.WithCancel(context.Background())
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() { first <- d.join(ctx, leave, func(string) {}) }()
+	<-began
+	giveUp()
+	await(t, "the first has given up", func() bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.now.over
+	})
+	sctx, stop := context.WithCancel(context.Background())
+	go func() { second <- d.join(sctx, leave, func(string) {}) }()
+	close(stays)
+	if err := <-first; err == nil {
+		t.Error("the first was told that the node leaves")
+	}
+	select {
+	case <-began:
+	case err := <-second:
+		t.Fatalf("the second was told of the first's attempt: %v", err)
+	}
+	stop()
+	if err := <-second; err == nil {
+		t.Error("the second was told that the node leaves")
 	}
 }

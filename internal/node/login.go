@@ -231,6 +231,9 @@ func (n *Node) keepLogins(ctx context.Context) error {
 func (n *Node) renewLogins(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, renewLimit) // for all together
 	defer cancel()
+	if !n.certHolds() { // nobody would hear this node: that refusal is no word about its users
+		return
+	}
 	for uid, l := range n.logins.all() {
 		left := time.Duration(l.cred.Expires - n.cfg.Clock.Wall().UnixNano())
 		if left > principal.Validity/2 || l.cred.Expires == l.cred.Renewable || time.Since(l.tried) < renewAgain {

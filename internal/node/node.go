@@ -363,7 +363,7 @@ func (n *Node) parts() []part {
 		return append(ps, part{"seek", n.seek}, part{"follow", n.follow}, part{"steward", n.steward}, part{"control", n.ctl.Run})
 	}
 	return append(ps, part{"blocks", n.blocks.Run}, part{"vice", n.vice.Run}, part{"venus", n.venus.Run},
-		part{"leftovers", n.leftovers}, part{"seek", n.seek}, part{"steward", n.steward}, part{"jobs", n.jobs.out.Run},
+		part{"leftovers", n.leftovers}, part{"seek", n.seek}, part{"steward", n.steward}, part{"knocks", n.tellKnocks}, part{"jobs", n.jobs.out.Run},
 		part{"load", func(ctx context.Context) error { return n.meter.Run(ctx, n.publish) }},
 		part{"control", n.ctl.Run}, part{"tree", n.runMount}, part{"manager", n.manager.Run})
 }

@@ -135,23 +135,22 @@ func (r *recordClient) doAs(ctx context.Context, c record.Command, proof princip
 	r.seq++
 	c.Client, c.Seq = r.client, r.seq
 	r.flying[c.Seq] = struct{}{}
-	c.Acked = c.Seq
-	for s := range r.flying {
-		c.Acked = min(c.Acked, s)
-	}
 	r.mu.Unlock()
 	defer func() {
 		r.mu.Lock()
 		delete(r.flying, c.Seq)
 		r.mu.Unlock()
 	}()
-	cmd, err := wire.Marshal(c)
-	if err != nil {
-		return nil, err
-	}
 	for try, wait := 0, 5*time.Millisecond; ; try, wait = try+1, min(2*wait, 200*time.Millisecond) {
+		c.Acked = r.acked(c.Seq) // more each time: who waits for a place behind others would wait for ever
+		cmd, err := wire.Marshal(c)
+		if err != nil {
+			return nil, err
+		}
 		res, err := r.ask(ctx, try, cmd, proof)
-		if err == nil {
+		if err == nil && errs.Class(res.Refusal.Err) == errs.Busy { // too far ahead of the oldest: it was not done
+			err = res.Refusal.Error("", "")
+		} else if err == nil {
 			return res, res.Refusal.Error("", "")
 		}
 		switch errs.ClassOf(err) {
@@ -168,6 +167,16 @@ func (r *recordClient) doAs(ctx context.Context, c record.Command, proof princip
 			return nil, err
 		}
 	}
+}
+
+// acked returns the oldest command that has no answer yet, seq among them.
+func (r *recordClient) acked(seq uint64) uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for s := range r.flying {
+		seq = min(seq, s)
+	}
+	return seq
 }
 
 // ask makes one attempt: at the leader, if this replica knows one, and every

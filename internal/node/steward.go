@@ -77,7 +77,6 @@ func (s *steward) look(ctx context.Context) bool {
 	n := s.n
 	s.renew(ctx)
 	n.noteMove(ctx)
-	n.tellUntold(ctx, time.Now())
 	n.guard(ctx, &s.keys)
 	members := n.current()
 	for _, m := range members {

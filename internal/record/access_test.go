@@ -358,7 +358,7 @@ func TestAudit(t *testing.T) {
 	if e := last(); e.Seq != seq || e.Count != 6 || e.Time != 60 || e.Last != 65 || e.On != "user/2000/a" {
 		t.Fatalf("%+v", e)
 	}
-	r.must2(Command{Now: 70, Who: everybody["boss of client"], Batch: []Put{{Key: "settings/x"}, {Key: "user/1000/x"}, {Key: "user/2000/x"}, {Key: "nowhere"}, {Key: "a b"}}})
+	r.must2(Command{Now: 70, Who: everybody["boss of store"], Batch: []Put{{Key: "settings/x"}, {Key: "user/1000/x"}, {Key: "user/2000/x"}, {Key: "nowhere"}, {Key: "a b"}}})
 	all, err := r.view().Audit(seq, 10)
 	if err != nil || len(all) != 3 || all[0].On != "settings/x" || all[1].On != "user/1000/x" || all[2].On != "nowhere" || all[2].Count != 2 {
 		t.Fatalf("%+v %v", all, err)
@@ -484,5 +484,47 @@ func TestTimeOfOthers(t *testing.T) {
 	}
 	if res := r.raw(wire.MustMarshal(Command{Client: 1, Seq: 9999, Now: 1 << 62, DropUser: "x"})); !res.Denied() || r.info().Time != 5 {
 		t.Errorf("%+v %d", res, r.info().Time)
+	}
+}
+
+// What a client node may do without an administrator, again and again, is no act,
+// and what is refused for another reason than a right is no refusal of the audit.
+func TestAuditIsNotFilledFromAside(t *testing.T) {
+	r := people(t)
+	defer r.close()
+	before := r.info()
+	for range 10 {
+		for _, s := range []State{Leaving, Active} {
+			if res := r.do(Command{Who: principal.Of(2), UpdateMember: &UpdateMember{Node: 2, State: s}}); res.Refusal.refused() {
+				t.Fatal(res.Refusal)
+			}
+		}
+	}
+	ana := principal.Principal{Node: 2, UID: 1000, User: "ana"}
+	for i := range 10 {
+		if res := r.do(Command{Who: ana, Put: &Put{Key: fmt.Sprintf("!%d", i)}}); res.Denied() || !res.Refusal.refused() {
+			t.Fatal(res.Refusal)
+		}
+	}
+	if after := r.info(); after.Acts != before.Acts || after.Refusals != before.Refusals {
+		t.Errorf("acts %d to %d, refusals %d to %d", before.Acts, after.Acts, before.Refusals, after.Refusals)
+	}
+	c := Command{Who: everybody["boss of client"]}
+	for range MaxBatch {
+		c.Batch = append(c.Batch, Put{Key: "settings/a"})
+	}
+	r.do(c)
+	if after := r.info(); after.Acts != before.Acts+1 {
+		t.Errorf("one command from a client node made %d acts", after.Acts-before.Acts)
+	}
+	// The first refusal of a command says why, and so does the first for want of a right.
+	none := uint64(1)
+	r.do(Command{Who: ana, Batch: []Put{{Key: "user/1000/none", Expect: &none}, {Key: "user/2000/x"}}})
+	es, err := r.view().Audit(0, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e := es[len(es)-1]; e.Err == 0 || e.Why == "" || e.On != "user/2000/x" {
+		t.Errorf("%+v", e)
 	}
 }

@@ -61,7 +61,8 @@ func (t *txn) act(c *Command, res *Result) (what, on string, admin bool) {
 	case c.UpdateMember != nil:
 		u := c.UpdateMember
 		if u.State != 0 {
-			return "make member " + u.State.String(), u.Node.String(), true
+			// A node that does not store may say the same of itself, again and again.
+			return "make member " + u.State.String(), u.Node.String(), t.rights.stores || u.State == Left
 		}
 		return "change member", u.Node.String(), c.Who != principal.Of(u.Node)
 	case c.PutUser != nil:
@@ -109,7 +110,7 @@ func (t *txn) audit(c *Command, res *Result) {
 	what, on, admin := t.act(c, res)
 	e := Audit{Time: t.now, Who: c.Who, What: what, On: on}
 	switch {
-	case res.Refusal.denied() || admin && res.Refusal.refused():
+	case res.Refusal.denied() || admin && t.rights.stores && res.Refusal.refused():
 		t.refusal(e, res.Refusal, 1)
 	case admin && t.count.Revision != t.begun:
 		t.add(actRing, e)
@@ -123,22 +124,32 @@ func (t *txn) audit(c *Command, res *Result) {
 }
 
 // auditEach tells of the parts of a command: each act, and the first refusal
-// with how many there were.
+// with how many there were. From a node that does not store, the acts of a command
+// are told as the refusals are: a thousand must not cost it one command.
 func (t *txn) auditEach(e Audit, n int, part func(int) (on string, r Refusal, admin bool), judged int) {
 	var first Refusal
-	var where string
-	var count uint64
+	var where, acted string
+	var count, acts uint64
 	for i := range min(n, judged) {
 		on, r, admin := part(i)
 		switch {
-		case r.denied() || admin && r.refused():
+		case r.denied() || admin && t.rights.stores && r.refused():
 			if count++; count == 1 {
 				first, where = r, on
 			}
-		case admin:
-			e.On = on
-			t.add(actRing, e)
+		case admin && !r.refused():
+			if t.rights.stores {
+				e.On = on
+				t.add(actRing, e)
+			} else if acts++; acts == 1 {
+				acted = on
+			}
 		}
+	}
+	if acts > 0 {
+		told := e
+		told.On, told.Count = acted, acts
+		t.add(actRing, told)
 	}
 	if count > 0 {
 		e.On = where

@@ -25,7 +25,7 @@ func (t *txn) putJobs(jobs []Job) ([]Refusal, Refusal) {
 		return nil, no(errs.TooLarge, "%d jobs, limit %d", len(jobs), MaxPut)
 	}
 	out := make([]Refusal, len(jobs))
-	told := false
+	var told [2]bool
 	for i := range jobs {
 		out[i] = t.putJob(jobs[i])
 		out[i].untold(&told)

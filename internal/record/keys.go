@@ -233,7 +233,7 @@ func (t *txn) batch(ps []Put) ([]KeyResult, Refusal) {
 		return nil, no(errs.TooLarge, "%d puts, limit %d", len(ps), MaxBatch)
 	}
 	out := make([]KeyResult, len(ps))
-	told := false
+	var told [2]bool
 	for i := range ps {
 		out[i].Mod, out[i].Refusal = t.put(&ps[i])
 		out[i].Refusal.untold(&told)

@@ -113,11 +113,19 @@ func (r Refusal) Error(op, subject string) error {
 // untold takes the text from a refusal of a part of a command when another part's
 // said is told: each has its class, and a command of a thousand refusals is not
 // kept as a thousand sentences.
-func (r *Refusal) untold(told *bool) {
-	if r.refused() && *told {
+// Of those for want of a right one keeps its own, for the audit.
+func (r *Refusal) untold(told *[2]bool) {
+	if !r.refused() {
+		return
+	}
+	said := &told[0]
+	if r.denied() {
+		said = &told[1]
+	}
+	if *said {
 		r.Why = ""
 	}
-	*told = *told || r.refused()
+	*said = true
 }
 
 // Denied reports whether anything of the command was refused for want of a right;

@@ -386,7 +386,11 @@ func (e *Endpoint) handleCasts(ctx context.Context, from ids.Node, permit func(s
 				continue
 			}
 			if err := permit(h.Method); err != nil {
-				e.cfg.Log.Warn("cast refused", "from", from, "err", err)
+				level := slog.LevelWarn
+				if errs.Has(err, errs.Unavailable) { // of one who is not known yet: there may be many
+					level = slog.LevelDebug
+				}
+				e.cfg.Log.Log(context.Background(), level, "cast refused", "from", from, "err", err)
 				continue
 			}
 			e.hmu.RLock()
