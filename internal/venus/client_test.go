@@ -361,6 +361,20 @@ func TestNoPromiseWhileRevoked(t *testing.T) {
 	<-opened
 }
 
+// The kernel takes the size in the reply to a create whatever it has learnt since
+// it asked: of a file that was there already, it may not rely on it.
+func TestNoPromiseWithACreateOfWhatIsThere(t *testing.T) {
+	w := newWorld(t)
+	a := w.client(1)
+	ino, fh := w.file(a, "f")
+	w.write(a, ino, fh, 0, make([]byte, 100))
+	e, o, err := a.Create(w.ctx, who, ids.RootInode, "f", 0o644, syscall.O_WRONLY)
+	w.ok(err)
+	if e.Attr.Ino != ino || o.Handle == 0 || e.Attr.Size != 100 || e.Until != 0 {
+		t.Errorf("%+v", e)
+	}
+}
+
 // Two revocations at once, the first of which waits for the kernel: the second
 // waits for it, and what is granted after both stays.
 func TestOneRevocationAtATime(t *testing.T) {

@@ -239,7 +239,13 @@ func (c *Client) createOpen(ctx context.Context, caller fusefs.Caller, op volume
 				c.Forget(e.Attr.Ino, 1)
 				return fusefs.Entry{}, o, err
 			}
-			return e, o, nil
+			// The kernel takes the size in this reply whatever it knows by then, and
+			// opening may have waited while others here wrote: it is told the latest,
+			// and to ask before it relies on that.
+			if now, err := c.GetAttr(ctx, e.Attr.Ino); err == nil {
+				e.Attr = now.Attr
+			}
+			return fusefs.Entry{Attr: e.Attr}, o, nil
 		}
 		if err != nil {
 			unpin()
