@@ -282,6 +282,7 @@ func upCommand() *cobra.Command {
 					if err := node.Found(c); err != nil {
 						return err
 					}
+					fmt.Println("unum: this machine was no node: it is a new cluster of its own now (to join another: unum down, remove " + c.Dir + ", unum join)")
 				}
 				return serve(cmd.Context(), c, super)
 			})

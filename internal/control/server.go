@@ -302,7 +302,8 @@ func (s *Server) serveFrames(ctx context.Context, c *Conn) {
 func (s *Server) dispatch(ctx context.Context, c *Conn, r request) error {
 	h := s.handlers[r.Verb]
 	if h == nil {
-		return errs.E(errs.NotSupported, "", "", "the daemon does not know %q", r.Verb)
+		return errs.E(errs.NotSupported, "", "", "the daemon does not know %q: this is no storing node, or its version is another", r.Verb).
+			WithRemedy("unum status here, and ask on a node whose ROLE is store")
 	}
 	return h(ctx, c, r.Body)
 }

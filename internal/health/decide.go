@@ -193,7 +193,7 @@ func (d *decision) quorum(g Group) {
 		d.say(NoQuorum, g.subject(), fmt.Sprintf("%s: of two voters both must be up; if it is lost for good: unum down, then unum up --without %v, and this node goes on alone", start[0], lost),
 			"%s; %s", have, missing[0])
 	default:
-		d.say(NoQuorum, g.subject(), fmt.Sprintf("%s; %d of %d voters must be up", strings.Join(start, ", or "), len(g.Voters)/2+1, len(g.Voters)),
+		d.say(NoQuorum, g.subject(), fmt.Sprintf("%s, or see why the network does not reach them; %d of %d voters must be up", strings.Join(start, ", or "), len(g.Voters)/2+1, len(g.Voters)),
 			"%s; %s", have, strings.Join(missing, "; "))
 	}
 }

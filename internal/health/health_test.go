@@ -86,7 +86,7 @@ func TestDecide(t *testing.T) {
 			in.die(3, 14*time.Second)
 			in.Groups[1].Leader, in.Leader, in.Session = 0, 0, false
 			in.bury()
-		}, []string{"no-quorum group 2;1 of its 3 voters are alive; n2 (b) silent for 7s; n3 (c) silent for 14s;unum up on n2 (b), or unum up on n3 (c); 2 of 3 voters must be up",
+		}, []string{"no-quorum group 2;1 of its 3 voters are alive; n2 (b) silent for 7s; n3 (c) silent for 14s;unum up on n2 (b), or unum up on n3 (c), or see why the network does not reach them; 2 of 3 voters must be up",
 			"no-session n1;no leader;", "member-dead n2;", "member-dead n3;", "no-replacement group 1;", "no-replacement group 1;", "no-replacement group 2;", "no-replacement group 2;"}},
 		{"no quorum of two", func(in *Input) { in.shrink(2); in.die(2, 5*time.Second); in.Groups[0].Leader = 0 },
 			[]string{"no-quorum group 1;1 of its 2 voters are alive; n2 (b) silent for 5s;unum up on n2 (b): of two voters both must be up", "member-dead n2;", "two-nodes cluster;"}},

@@ -130,7 +130,7 @@ func (n *Node) serveRead(ctx context.Context, from ids.Node, req, proof []byte) 
 func (n *Node) readHere(ctx context.Context, q *readRequest) (_ *readReply, err error) {
 	if !q.Stale && q.Changes == nil {
 		if _, err := n.rec.ReadIndex(ctx); err != nil {
-			return nil, err
+			return nil, unanswered(err)
 		}
 	}
 	now, err := n.rec.View() // what is answered was true at one moment

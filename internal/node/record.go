@@ -164,9 +164,14 @@ func (r *recordClient) doAs(ctx context.Context, c record.Command, proof princip
 		case <-t.C:
 		case <-ctx.Done():
 			t.Stop()
-			return nil, err
+			return nil, unanswered(err)
 		}
 	}
+}
+
+// unanswered is why the record gave no answer in time, and where to look.
+func unanswered(err error) error {
+	return errs.E(errs.ClassOf(err), "ask the record", "", "it does not answer: %s", firstLine(err)).WithRemedy("unum status")
 }
 
 // acked returns the oldest command that has no answer yet, seq among them.

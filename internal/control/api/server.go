@@ -124,12 +124,21 @@ func finish(ctx context.Context, err error) error {
 	return toStatus(err)
 }
 
+// sayWhy is kept of a caller's time to tell it why there is no answer.
+const sayWhy = time.Second
+
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 	ctx, cancel, err := s.begin(ctx, info.FullMethod)
 	if err != nil {
 		return nil, toStatus(err)
 	}
 	defer cancel(nil)
+	if end, ok := ctx.Deadline(); ok { // what keeps the answer away is said before the caller gives up
+		left := time.Until(end)
+		var stop context.CancelFunc
+		ctx, stop = context.WithDeadline(ctx, end.Add(-min(sayWhy, left/10)))
+		defer stop()
+	}
 	resp, err := h(ctx, req)
 	return resp, finish(ctx, err)
 }
