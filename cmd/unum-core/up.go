@@ -146,8 +146,8 @@ func hold(do func() error) error {
 }
 
 // serve runs the node in the foreground, and tells the supervisor, if there is
-// one.
-func serve(ctx context.Context, c node.Config, super daemon.Notifier) error {
+// one. A person reads news, if there is any, when the node is healthy.
+func serve(ctx context.Context, c node.Config, super daemon.Notifier, news string) error {
 	n, err := node.Open(c)
 	if err != nil {
 		return err
@@ -162,6 +162,9 @@ func serve(ctx context.Context, c node.Config, super daemon.Notifier) error {
 	go func() {
 		if waitHealthy(ctx, c.Socket, func(why string) { tell("STATUS=" + why) }) == nil {
 			tell("READY=1", "STATUS=healthy")
+			if news != "" {
+				fmt.Println(news)
+			}
 			fmt.Println(greeting(c))
 		}
 	}()
@@ -282,9 +285,9 @@ func upCommand() *cobra.Command {
 					if err := node.Found(c); err != nil {
 						return err
 					}
-					fmt.Println("unum: this machine was no node: it is a new cluster of its own now (to join another: unum down, remove " + c.Dir + ", unum join)")
+					return serve(cmd.Context(), c, super, "unum: this machine was no node: it is a new cluster of its own now (to join another: unum down, remove "+c.Dir+", unum join)")
 				}
-				return serve(cmd.Context(), c, super)
+				return serve(cmd.Context(), c, super, "")
 			})
 		},
 	}
@@ -360,7 +363,7 @@ func joining(role func() record.Role) *cobra.Command {
 				if err := join(cmd.Context(), c, args[0], token); err != nil {
 					return err
 				}
-				return serve(cmd.Context(), c, super)
+				return serve(cmd.Context(), c, super, "")
 			})
 		},
 	}
