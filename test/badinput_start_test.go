@@ -73,8 +73,8 @@ func interrupted(t *testing.T, what string, code int, out fmt.Stringer) {
 // interruptRun interrupts commands on their way to another node and there.
 func interruptRun(t *testing.T, c *cluster) {
 	const forever = "7654321"
-	start := func(script string) (*exec.Cmd, *lines) {
-		cmd := exec.Command(c.bin, "lab", "exec", "--name", c.name, "n1", "--", c.bin, "run", "--on", "n3", "sh", "-c", script)
+	start := func(command ...string) (*exec.Cmd, *lines) {
+		cmd := exec.Command(c.bin, append([]string{"lab", "exec", "--name", c.name, "n1", "--", c.bin, "run", "--on", "n3"}, command...)...)
 		out := &lines{}
 		cmd.Stdout, cmd.Stderr = out, out
 		if err := cmd.Start(); err != nil {
@@ -83,9 +83,9 @@ func interruptRun(t *testing.T, c *cluster) {
 		return cmd, out
 	}
 	for _, p := range points(1, 12, 80*time.Millisecond) {
-		// Without exec, dash misses an interrupt of its group while it starts the
-		// next command, run or not run by Unum.
-		cmd, out := start("echo started; exec sleep " + forever)
+		// It prints a line and waits. No shell: dash misses an interrupt of its group
+		// while it starts a command, run or not run by Unum.
+		cmd, out := start("tail", "-n", "1", "-f", "-s", forever, "/etc/passwd")
 		p.wait(out, func() bool { return false })
 		if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 			t.Fatal(err)
@@ -93,7 +93,7 @@ func interruptRun(t *testing.T, c *cluster) {
 		interrupted(t, "run at "+p.String(), waitFor(t, cmd, out), out)
 	}
 	// It is the command's to decide what an interrupt is.
-	cmd, out := start("trap 'exit 7' INT; echo started; while :; do sleep 0.01; done")
+	cmd, out := start("sh", "-c", "trap 'exit 7' INT; echo started; while :; do sleep 0.01; done")
 	point{lines: 1}.wait(out, func() bool { return false })
 	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)
