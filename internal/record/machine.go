@@ -112,8 +112,8 @@ func (r Refusal) Error(op, subject string) error {
 
 // untold takes the text from a refusal of a part of a command when another part's
 // said is told: each has its class, and a command of a thousand refusals is not
-// kept as a thousand sentences.
-// Of those for want of a right one keeps its own, for the audit.
+// kept as a thousand sentences. Of those for want of a right one keeps its own,
+// for the audit.
 func (r *Refusal) untold(told *[2]bool) {
 	if !r.refused() {
 		return
