@@ -2,8 +2,10 @@ package lab
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -97,10 +99,23 @@ func (s *state) signalAll(n *nodeState, sig unix.Signal) error {
 	return nil
 }
 
-// runs reports whether process pid has not stopped yet.
+// runs reports whether a thread of process pid may go on as if it had not been told
+// to stop. One that waits in the kernel (D) stops before it is back in its program.
 func runs(pid int) bool {
-	f, err := statFields(pid)
-	return err == nil && (f[0] == "R" || f[0] == "S")
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return false
+	}
+	for _, t := range threads {
+		tid, err := strconv.Atoi(t.Name())
+		if err != nil {
+			continue
+		}
+		if f, err := statFields(tid); err == nil && (f[0] == "R" || f[0] == "S") {
+			return true
+		}
+	}
+	return false
 }
 
 // SignalDaemon sends sig to the process of node's daemon.

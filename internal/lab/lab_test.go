@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/binary"
@@ -11,7 +12,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -44,6 +47,8 @@ func TestMain(m *testing.M) {
 		serveBlob(os.Args[2])
 	case len(os.Args) > 3 && os.Args[1] == "__sendblob":
 		sendBlob()
+	case len(os.Args) > 2 && os.Args[1] == "__log":
+		os.Exit(keepLogs(os.Args[2]))
 	case len(os.Args) > 2 && os.Args[1] == "__dial":
 		os.Exit(dialTCP(os.Args[2], os.Args[3:]...))
 	}
@@ -415,6 +420,89 @@ echo lost > unsynced && mv old new && rmdir dir && echo more >> synced; ls | gre
 	if !reaches(t, l, "n1", "n2") {
 		t.Error("n1 does not reach n2 after both came back")
 	}
+}
+
+const (
+	keptLogs   = 8   // that keepLogs writes at once
+	recordSize = 512 // bytes
+)
+
+// keepLogs appends records to logs in dir, made ready as a storage engine's are,
+// and says "log count" of each that is synced, for ever.
+func keepLogs(dir string) int {
+	failed := make(chan error)
+	for i := range keptLogs {
+		go func() {
+			f, err := os.Create(filepath.Join(dir, fmt.Sprint("log", i)))
+			if err == nil {
+				err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, 1<<20)
+			}
+			if err == nil {
+				err = f.Sync()
+			}
+			if err == nil {
+				unix.Sync() // the name too
+			}
+			for n := 1; err == nil; n++ {
+				if _, err = f.Write(make([]byte, recordSize)); err == nil {
+					err = unix.Fdatasync(int(f.Fd()))
+				}
+				if err == nil {
+					_, err = fmt.Println(i, n)
+				}
+			}
+			failed <- err
+		}()
+	}
+	fmt.Println(<-failed)
+	return 1
+}
+
+// TestPowerLossIsOneMoment: a program that writes and syncs never sees its disk
+// die, by an error or by a false success, and what it said to have synced is there.
+func TestPowerLossIsOneMoment(t *testing.T) {
+	l := upLab(t, "km", 1)
+	ctx := t.Context()
+	exe, _ := os.Executable()
+	said := 0
+	for try := range 8 {
+		r, w := io.Pipe()
+		p, err := l.ExecStart("n1", ExecOptions{Argv: []string{exe, "__log", DefaultDataDir}, Stdout: w})
+		must(t, err)
+		synced, begun, all := map[int]int{}, make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(all)
+			begin := sync.OnceFunc(func() { close(begun) })
+			defer begin()
+			for s := bufio.NewScanner(r); s.Scan(); {
+				var i, n int
+				if _, err := fmt.Sscan(s.Text(), &i, &n); err != nil {
+					t.Errorf("a log said %q", s.Text())
+					continue
+				}
+				if synced[i] = n; len(synced) == keptLogs && n > try {
+					begin()
+				}
+			}
+		}()
+		<-begun
+		must(t, l.Kill(ctx, "n1"))
+		if _, err := p.Wait(); !errs.Has(err, errs.Unavailable) {
+			t.Errorf("a command on a node that lost power: %v", err)
+		}
+		w.Close()
+		<-all
+		must(t, l.Start(ctx, "n1"))
+		for i, n := range synced {
+			out, _ := run(t, l, "n1", fmt.Sprintf("stat -c %%s %s/log%d", DefaultDataDir, i))
+			size, err := strconv.Atoi(out)
+			must(t, err)
+			if said += n; size < n*recordSize {
+				t.Errorf("try %d, log %d: %d records are there, %d were said to be synced", try, i, size/recordSize, n)
+			}
+		}
+	}
+	t.Logf("%d records said to be synced", said)
 }
 
 func TestExec(t *testing.T) {
