@@ -614,3 +614,77 @@ func TestSurvivorOfTwoLosesPower(t *testing.T) {
 		alone.stop()
 	}
 }
+
+// TestLogThatLostIsDamage: a replica whose disk has lost what it had confirmed
+// neither follows nor votes: it ends, and its host does not open again.
+func TestLogThatLostIsDamage(t *testing.T) {
+	for range 10 { // an election by chance heals it: the new leader does not know
+		n := newNetwork()
+		nodes := three(t, n)
+		lead := leader(t, nodes)
+		f := nodes[lead.id%3]
+		ctx := testCtx(t)
+		put := func(cmd string) {
+			if _, ok, err := propose(ctx, nodes, cmd); err != nil || !ok {
+				t.Fatal(ok, err)
+			}
+		}
+		put("kept")
+		same(t, nodes)
+		old := f.fs.(*vfs.MemFS).CrashClone(vfs.CrashCloneCfg{})
+		for i := range 20 {
+			put(fmt.Sprint("lost ", i))
+		}
+		same(t, nodes)
+		term := lead.h.Group(tg).Status().Term
+		f.crash()
+		back := start(t, n, f.id, old, func(h *Host) { open(t, h) })
+		// It ends, or another term begins.
+		var err error
+		ended := false
+		for !ended && lead.h.Group(tg).Status().Term == term {
+			wctx, cancel := context.WithTimeout(ctx, testPause)
+			select {
+			case err = <-back.ran:
+				ended = true
+			case <-wctx.Done():
+			}
+			cancel()
+			if ctx.Err() != nil {
+				t.Fatalf("it goes on: %+v", back.h.Group(tg).Status())
+			}
+		}
+		if !ended {
+			for _, nd := range append(nodes, back) {
+				nd.stop()
+			}
+			continue
+		}
+		back.dead.Store(true)
+		back.cancel()
+		back.cancel = nil
+		n.remove(f.id)
+		if cerr := back.h.Close(); cerr != nil {
+			t.Fatal(cerr)
+		}
+		if !errs.Has(err, errs.Corrupt) || !strings.Contains(err.Error(), "lost what it had confirmed") {
+			t.Fatalf("it ended with %v", err)
+		}
+		h, err := New(config(n, f.id, old.CrashClone(vfs.CrashCloneCfg{}), &atomic.Bool{}))
+		if err == nil {
+			_, err = h.Open(tg, &ledger{})
+			if cerr := h.Close(); cerr != nil {
+				t.Fatal(cerr)
+			}
+		}
+		if !errs.Has(err, errs.Corrupt) {
+			t.Fatalf("opened again: %v", err)
+		}
+		has(t, lead.h.Group(tg), "lost 19")
+		if _, ok, err := propose(ctx, []*node{lead}, "the others go on"); err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+		return
+	}
+	t.Fatal("there was an election each time")
+}

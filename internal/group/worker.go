@@ -3,6 +3,7 @@ package group
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -30,7 +31,7 @@ type stepped struct {
 	proof   uint64 // of a leader: an entry from here on proves the configuration, see proven
 	ready   bool   // leading, and an entry of its own term is committed: knows all that was acknowledged
 	dirty   bool
-	gone    bool                     // complained about lost entries
+	lacking int                      // heartbeats in a row that spoke of entries which are not here
 	asking  map[proposalID]readBatch // barriers not yet confirmed
 	holds   map[uint64]uint64        // snapshots on their way: peer to index, which the log must keep
 	change  *proposal                // of the configuration, handed to raft in this round
@@ -72,6 +73,7 @@ type worker struct {
 	peers  []ids.Node // memory of flush
 	failed []unreachable
 	later  []delayed         // in no order
+	damage error             // a log that must not go on
 	launch func(s *shipment) // begins to send a snapshot
 }
 
@@ -135,6 +137,9 @@ func (w *worker) step() error {
 	w.events = w.h.in.take(w.events)
 	for i := range w.events {
 		w.handle(&w.events[i])
+		if w.damage != nil {
+			return w.damage
+		}
 	}
 	return w.round()
 }
@@ -229,28 +234,54 @@ func (w *worker) handle(e *event) {
 	w.mark(g)
 }
 
+// maxLacking is how many heartbeats in a row may speak of entries that are not
+// here before the log has lost them: one or two may be late, from before this
+// replica began anew.
+const maxLacking = 10
+
 // acceptable refuses messages that a sound peer would not send to a sound
 // replica, and appends when too much waits to be applied.
 func (w *worker) acceptable(g *Group, m *pb.Message) bool {
-	beyond := false
 	switch m.GetType() {
 	case pb.MsgApp:
 		return len(m.Entries) == 0 || w.h.backlog.Load() < maxBacklog
 	case pb.MsgHeartbeat:
-		beyond = m.GetCommit() > g.log.last && g.parked == nil
+		if m.GetCommit() > g.log.last && g.parked == nil {
+			if m.GetTerm() >= g.rn.BasicStatus().GetTerm() {
+				g.lacking++
+			}
+			if g.lacking > maxLacking {
+				w.damage = w.lost(g, m)
+			}
+			return false
+		}
+		g.lacking = 0
 	case pb.MsgAppResp:
-		beyond = m.GetIndex() > g.log.last || m.GetRejectHint() > g.log.last
+		return m.GetIndex() <= g.log.last && m.GetRejectHint() <= g.log.last // or it is of an earlier leader's entries
 	case pb.MsgReadIndex:
 		// Raft would pass it on in its sender's name, which the leader refuses,
 		// and with it all that this node has to say. The sender asks again.
 		return g.rn.BasicStatus().RaftState == raft.StateLeader && !g.out() // raft would not ask the only voter left
 	}
-	if beyond && !g.gone {
-		g.gone = true
-		w.h.log.Error("raft message refused: it speaks of entries that are not here; was a log lost?",
-			"group", uint64(g.id), "type", m.GetType(), "from", ids.Node(m.GetFrom()), "last", g.log.last)
+	return true
+}
+
+// lost deals with a log that lacks what this replica has acknowledged: a leader's
+// heartbeat speaks of no entry that is not committed and acknowledged by the one
+// it is sent to. The disk has lost what it confirmed. Such a replica must not
+// vote: it would help to elect who lacks the same. The commit index is kept, so
+// that the next start finds the damage too.
+func (w *worker) lost(g *Group, m *pb.Message) error {
+	hard := proto.Clone(g.log.hard).(*pb.HardState)
+	hard.Commit = m.Commit
+	b := w.h.logDB.NewBatch()
+	defer b.Close()
+	err := g.log.write(b, nil, hard)
+	if err == nil {
+		err = dbErr(b.Commit(pebble.Sync), "note the loss", fmt.Sprintf("log of group %d", g.id))
 	}
-	return !beyond
+	return errors.Join(errs.E(errs.Corrupt, "follow", fmt.Sprintf("log of group %d", g.id), "it ends at %d, but %v leads with entries up to %d that were acknowledged here: the disk has lost what it had confirmed",
+		g.log.last, ids.Node(m.GetFrom()), m.GetCommit()), err)
 }
 
 func (w *worker) propose(g *Group, p *proposal) {
