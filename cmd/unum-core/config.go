@@ -16,13 +16,16 @@ import (
 	"github.com/unum-os/unum/internal/daemon"
 )
 
+// configLimit bounds the question to the daemon for its settings.
+const configLimit = 5 * time.Second
+
 // runningSettings returns what the daemon of this machine runs with; nil if none
 // runs.
 func runningSettings(ctx context.Context) ([]config.Value, error) {
 	if _, runs, err := daemon.Running(pidPath()); err != nil || !runs {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, configLimit)
 	defer cancel()
 	var vs []config.Value
 	err := cli.Ask(ctx, control.Path(), func(c *api.Client) error {

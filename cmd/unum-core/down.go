@@ -12,10 +12,12 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 )
 
+// stopWait is the default of --wait of down: a node ships what is pending for 3 s
+// at most, and each part has its end; beyond this something is stuck.
+const stopWait = time.Minute
+
 func downCommand() *cobra.Command {
-	// A node ships what is pending for 3 s at most, and each part has its end;
-	// beyond this something is stuck.
-	wait := config.Duration(time.Minute)
+	wait := config.Duration(stopWait)
 	cmd := &cobra.Command{
 		Use:   "down",
 		Short: "Stop this machine's daemon and wait until it has ended",

@@ -98,6 +98,9 @@ func awaitLeft(ctx context.Context, dir string) error {
 	}
 }
 
+// removeLimit bounds the putting out of a node: longer than an election.
+const removeLimit = 30 * time.Second
+
 func removeCommand() *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
@@ -114,7 +117,7 @@ there.`,
 			if err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), 30*time.Second)
+			ctx, cancel := context.WithTimeout(cmd.Context(), removeLimit)
 			defer cancel()
 			return cli.Ask(ctx, control.Path(), func(c *api.Client) error {
 				_, err := c.Node.Remove(ctx, &api.RemoveRequest{Node: uint64(n), Force: force})

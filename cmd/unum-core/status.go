@@ -16,8 +16,15 @@ import (
 	"github.com/unum-os/unum/internal/ids"
 )
 
+const (
+	// statusLimit bounds the question to the daemon how the cluster is, which asks
+	// others for that; healthyLimit that of status --healthy, which does not.
+	statusLimit  = 10 * time.Second
+	healthyLimit = 5 * time.Second
+)
+
 func getStatus(ctx context.Context) (*api.StatusResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, statusLimit)
 	defer cancel()
 	var st *api.StatusResponse
 	err := cli.Ask(ctx, control.Path(), func(c *api.Client) (err error) {
@@ -52,7 +59,7 @@ func statusCommand() *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if healthy {
-				ctx, cancel := context.WithTimeout(cmd.Context(), 5*time.Second)
+				ctx, cancel := context.WithTimeout(cmd.Context(), healthyLimit)
 				defer cancel()
 				return cli.Healthy(ctx, control.Path())
 			}

@@ -12,6 +12,7 @@ import (
 	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/control/cli"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/node"
 )
 
 func tokenCommand() *cobra.Command {
@@ -25,7 +26,7 @@ func tokenCommand() *cobra.Command {
 		Example: "  unum token\n  unum token --uses 5 --expires 1h\n  unum token --client",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, cancel := context.WithTimeout(cmd.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(cmd.Context(), recordTimeout)
 			defer cancel()
 			role, verb := api.Role_STORE, "join"
 			switch {
@@ -53,7 +54,7 @@ func tokenCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().Uint32Var(&uses, "uses", 1, "how many machines may join by it")
-	cmd.Flags().DurationVar(&life, "expires", 24*time.Hour, "how long it is good")
+	cmd.Flags().DurationVar(&life, "expires", node.TokenLife, "how long it is good")
 	cmd.Flags().BoolVar(&client, "client", false, "for a client node only")
 	cmd.Flags().BoolVar(&witness, "witness", false, "for a witness only")
 	cmd.Flags().BoolVar(&quiet, "quiet", false, "print the token alone")

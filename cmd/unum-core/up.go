@@ -43,14 +43,17 @@ type starting struct {
 	role   record.Role // to become; 0: what the directory or the token says
 }
 
+// startWait is the default of --wait of up and join: longer than an election and
+// a mount, shorter than a person's patience.
+const startWait = time.Minute
+
 // nodeFlags are the flags of up and join.
 func nodeFlags(cmd *cobra.Command, s *starting) {
 	fileFlag(cmd, &s.file)
 	for _, f := range s.flags.List() {
 		cmd.Flags().Var(f, f.Name(), f.Help())
 	}
-	// Longer than an election and a mount, shorter than a person's patience.
-	s.wait = config.Duration(time.Minute)
+	s.wait = config.Duration(startWait)
 	cmd.Flags().BoolVarP(&s.detach, "detach", "d", false, "run in the background; return when the node is healthy")
 	cmd.Flags().StringVar(&s.log, "log-file", defaultLog, "with -d: where it logs")
 	cmd.Flags().Var(&s.wait, "wait", "with -d: how long to wait until it is healthy")
@@ -196,12 +199,15 @@ func askHealthy(ctx context.Context, sock string) error {
 	return cli.Healthy(ctx, sock)
 }
 
+// lookLimit bounds one question to a daemon that starts whether it is healthy.
+const lookLimit = 2 * time.Second
+
 // waitHealthy waits until the daemon is healthy, and tells each new reason why it
 // is not.
 func waitHealthy(ctx context.Context, sock string, tell func(why string)) error {
 	last := ""
 	for {
-		cctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		cctx, cancel := context.WithTimeout(ctx, lookLimit)
 		err := askHealthy(cctx, sock)
 		cancel()
 		if err == nil {
@@ -372,9 +378,16 @@ func joining(role func() record.Role) *cobra.Command {
 	return cmd
 }
 
+// joinLimit is for how long join tries a node that does not answer, or has no
+// majority, every joinAgain.
+const (
+	joinLimit = 30 * time.Second
+	joinAgain = 300 * time.Millisecond
+)
+
 // join is repeated while the other does not answer yet.
 func join(ctx context.Context, c node.Config, addr, token string) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, joinLimit)
 	defer cancel()
 	for {
 		err := node.Join(ctx, c, addr, token)
@@ -382,7 +395,7 @@ func join(ctx context.Context, c node.Config, addr, token string) error {
 			return err
 		}
 		select {
-		case <-time.After(300 * time.Millisecond):
+		case <-time.After(joinAgain):
 		case <-ctx.Done():
 			return err
 		}

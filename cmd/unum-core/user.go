@@ -14,6 +14,7 @@ import (
 
 	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/node"
 )
 
 // userJSON is a user as --json shows it.
@@ -205,7 +206,7 @@ func userInvite() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().DurationVar(&life, "expires", time.Hour, "how long it is good")
+	cmd.Flags().DurationVar(&life, "expires", node.InviteLife, "how long it is good")
 	return cmd
 }
 

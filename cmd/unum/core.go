@@ -111,10 +111,14 @@ func set(env []string, key, val string) []string {
 	return append(out, key+"="+val)
 }
 
+// imageLimit is how long the daemon may take to give its image; then the own is
+// unpacked.
+const imageLimit = time.Second
+
 // running asks the daemon for its image, if it is the same as ours. Only root's
 // daemon, or one of the caller's own, is believed.
 func running(id string) (*os.File, error) {
-	return control.Image(control.Path(), id, time.Second)
+	return control.Image(control.Path(), id, imageLimit)
 }
 
 // unpack writes the core to memory and seals it.

@@ -73,7 +73,7 @@ type times struct {
 	hedge   time.Duration // a get asks the next peer after silence
 	settle  time.Duration // a newly named block may be on its way here: repair waits
 	backoff time.Duration // between attempts to repair one block; doubles
-	longest time.Duration // up to
+	longest time.Duration // what backoff doubles up to
 	tick    time.Duration // looking at who is alive
 	rewalk  time.Duration // between walks at least
 }
@@ -89,11 +89,14 @@ var defaultTimes = times{
 	rewalk:  10 * time.Second,
 }
 
+// defaultCache is the memory for blocks read, in bytes: some dozens of files.
+const defaultCache = 32 << 20
+
 // New makes a client and registers its handlers if the node stores. It starts
 // nothing.
 func New(cfg Config) *Client {
 	if cfg.CacheBytes == 0 {
-		cfg.CacheBytes = 32 << 20
+		cfg.CacheBytes = defaultCache
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)

@@ -16,8 +16,8 @@ import (
 // Limits of one frame. Arguments and environment of a program may be a few MiB
 // (the kernel's own limit is a quarter of the stack limit).
 const (
-	MaxFrame = 8 << 20
-	MaxFiles = 8
+	MaxFrame = 8 << 20 // bytes of one frame
+	MaxFiles = 8       // descriptors that ride along with one frame
 )
 
 // maxMessage bounds a message of a client within a request: a signal or the size

@@ -30,6 +30,11 @@ const (
 	maxUserConns = 512
 	// queueLen bounds messages a handler has not yet taken; then the client waits.
 	queueLen = 16
+	// acceptAgain is the pause after a connection could not be accepted, for want of
+	// descriptors or memory.
+	acceptAgain = 100 * time.Millisecond
+	// otherLimit is how long another daemon may take to show that it has the socket.
+	otherLimit = time.Second
 )
 
 // Cred is who is at the other end, by the kernel's word.
@@ -115,7 +120,7 @@ func (s *Server) Run(ctx context.Context) error {
 			select {
 			case <-ctx.Done():
 				return endOf(ctx)
-			case <-time.After(100 * time.Millisecond):
+			case <-time.After(acceptAgain):
 			}
 			continue
 		}
@@ -137,7 +142,7 @@ func listen(path string) (*net.UnixListener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, errs.Wrap(err, "listen", path)
 	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+	if c, err := net.DialTimeout("unix", path, otherLimit); err == nil {
 		c.Close()
 		return nil, errs.E(errs.Busy, "listen", path, "another daemon answers there")
 	} else if errors.Is(err, syscall.ECONNREFUSED) {

@@ -19,8 +19,8 @@ import (
 // How often it is looked whether what is waited for has come; and how often the
 // person who waits is told what is still missing, if that has not changed.
 const (
-	lookEvery = 50 * time.Millisecond
-	tellEvery = 5 * time.Second
+	lookEvery = 50 * time.Millisecond // between two looks whether what is waited for has come
+	tellEvery = 5 * time.Second       // until the person who waits is told again what is missing
 )
 
 // tailLines and tailBytes bound what is shown of a log.
@@ -96,10 +96,13 @@ func Start(ctx context.Context, s Spec) (pid int, err error) {
 	}
 }
 
+// askLimit is how long one look waits for the daemon's answer.
+const askLimit = 2 * time.Second
+
 // ask bounds one look, so that a daemon that hangs does not hide that its time
 // is up.
 func ask(ctx context.Context, healthy func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
 	return healthy(ctx)
 }

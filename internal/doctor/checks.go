@@ -133,10 +133,13 @@ func option(text, name string) string {
 	return "n"
 }
 
+// tryLimit bounds a program that a check starts, which else might hang.
+const tryLimit = 10 * time.Second
+
 func (m *Machine) namespaces(ctx context.Context) Finding {
 	f := Finding{Code: "namespaces", Severity: Needed, OK: true, Text: "namespaces can be made", Effect: "commands cannot be started, nor the tree mounted: no node here",
 		Remedy: "in a container, run it with --privileged"}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, tryLimit)
 	defer cancel()
 	if err := m.TryJob(ctx); err != nil {
 		f.OK, f.Text = false, fmt.Sprintf("this user may not make namespaces: %v", err)
@@ -234,7 +237,7 @@ func (m *Machine) criu(ctx context.Context) Finding {
 		f.Text = "criu is not installed"
 		return f
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, tryLimit)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, path, "--version").CombinedOutput()
 	v := criuVersion.FindSubmatch(out)

@@ -14,8 +14,8 @@ import (
 // What a node needs of its disk: below the first it refuses writes at once (96
 // MiB kept free for logs, and the ballast of 64), below the second soon.
 const (
-	needFree = 160 << 20
-	wantFree = 2 << 30
+	needFree = 160 << 20 // bytes free without which no node can run: below, it refuses writes
+	wantFree = 2 << 30   // bytes free that a node should have
 )
 
 // syncs is how many syncs are measured, and slowSync what is slow for one: every
@@ -23,7 +23,7 @@ const (
 const (
 	syncs    = 20
 	slowSync = 50 * time.Millisecond
-	maxSync  = 10 * time.Second // for all of them
+	maxSync  = 10 * time.Second // how long all the measured syncs may take together
 )
 
 // memory and network are file systems on which nothing is durable, or not by

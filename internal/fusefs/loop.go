@@ -41,8 +41,8 @@ const (
 )
 
 const (
-	inHeaderSize  = 40
-	outHeaderSize = 16
+	inHeaderSize  = 40 // bytes of a request's header, as the kernel has it
+	outHeaderSize = 16 // bytes of a reply's header
 	// smallBuffer holds every request but large writes and attribute values,
 	// and every reply but those with data.
 	smallBuffer = 8 << 10

@@ -28,7 +28,10 @@ const (
 	maxBackground = 64
 	// readAhead is what the kernel reads ahead, in KiB: a block. Its own default
 	// of 128 would cut each block in eight requests.
-	readAhead = 1024
+	readAhead       = 1024
+	defaultRequests = 512              // Config.MaxRequests: requests carried out at once
+	defaultPatience = 15 * time.Second // Config.Patience: how long a call goes on after a signal that its program survives
+	defaultGrace    = 2 * time.Second  // Config.Grace: how long a clean unmount is tried while programs use the mount
 )
 
 // Config says what to mount and where.
@@ -90,13 +93,13 @@ func New(cfg Config) *Mount {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.MaxRequests == 0 {
-		cfg.MaxRequests = 512
+		cfg.MaxRequests = defaultRequests
 	}
 	if cfg.Patience == 0 {
-		cfg.Patience = 15 * time.Second
+		cfg.Patience = defaultPatience
 	}
 	if cfg.Grace == 0 {
-		cfg.Grace = 2 * time.Second
+		cfg.Grace = defaultGrace
 	}
 	m := &Mount{
 		cfg:      cfg,

@@ -37,22 +37,24 @@ const (
 // for every node: a finer one would spread elections no better, for the hosts'
 // ticks are not in step.
 const (
-	DefaultTick    = 200 * time.Millisecond
-	electionTicks  = 5
-	heartbeatTicks = 1
-	readRetryTicks = electionTicks / 2
+	DefaultTick    = 200 * time.Millisecond // one tick
+	electionTicks  = 5                      // ticks without a beat after which a leader is missed: to twice as many, by chance
+	heartbeatTicks = 1                      // ticks between two beats of a leader
+	readRetryTicks = electionTicks / 2      // ticks after which the leader is asked again how far its log is
 )
 
 // Limits.
 const (
-	MaxCommand      = 1 << 20  // bytes of one command
-	maxUnresolved   = 32 << 20 // bytes of a group's proposals waiting for their result
-	maxUncommitted  = 64 << 20 // bytes of a leader's uncommitted entries
-	maxInflight     = 16 << 20 // bytes of appends a follower has not acknowledged
-	maxInflightMsgs = 256
+	MaxCommand      = 1 << 20         // bytes of one command
+	maxUnresolved   = 32 << 20        // bytes of a group's proposals waiting for their result
+	maxUncommitted  = 64 << 20        // bytes of a leader's uncommitted entries
+	maxInflight     = 16 << 20        // bytes of appends a follower has not acknowledged
+	maxInflightMsgs = 256             // appends a follower has not acknowledged
+	maxAppend       = 1 << 20         // bytes of entries in one append
+	maxReady        = 8 << 20         // bytes of committed entries given to the applier at a time
 	maxBacklog      = 64 << 20        // bytes committed but not applied, all groups; beyond it followers take no more
-	stopGrace       = 5 * time.Second // for goroutines stuck in a broken database
-	DefaultLogBytes = 16 << 20
+	stopGrace       = 5 * time.Second // how long a stop waits for goroutines stuck in a broken database
+	DefaultLogBytes = 16 << 20        // bytes of a group's log from which it is cut, to a quarter unless a replica needs more
 )
 
 // Machine is a deterministic state machine. Its whole state is the keys of its
@@ -345,7 +347,7 @@ func (h *Host) Open(g ids.Group, m Machine) (*Group, error) {
 	gr.rn, err = raft.NewRawNode(&raft.Config{
 		ID: uint64(h.cfg.Self), ElectionTick: electionTicks, HeartbeatTick: heartbeatTicks,
 		Storage: l, Applied: l.start.index,
-		MaxSizePerMsg: 1 << 20, MaxCommittedSizePerReady: 8 << 20,
+		MaxSizePerMsg: maxAppend, MaxCommittedSizePerReady: maxReady,
 		MaxInflightMsgs: maxInflightMsgs, MaxInflightBytes: maxInflight,
 		MaxUncommittedEntriesSize: maxUncommitted,
 		CheckQuorum:               true, PreVote: true, ReadOnlyOption: raft.ReadOnlySafe,

@@ -26,8 +26,8 @@ const (
 
 // Memory for the tails of logs: what followers and the applier ask for next.
 const (
-	tailBytesGroup = 4 << 20
-	tailBytesHost  = 8 << 20
+	tailBytesGroup = 4 << 20 // bytes of one group's tail in memory
+	tailBytesHost  = 8 << 20 // bytes of the tails of all groups of a node
 	stepBytes      = 1 << 20 // distance of the places whose size is remembered
 )
 

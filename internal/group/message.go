@@ -16,14 +16,14 @@ import (
 // worker has for a peer in one round goes as one. Group 0 marks a message of the
 // host's own: see appendOwn.
 const (
-	messageVersion = 1
+	messageVersion = 1       // format of a transport message
 	frameTarget    = 1 << 20 // bytes after which a new transport message begins
 	MaxMessage     = 3 << 20 // bytes of a transport message
 )
 
 // An entry's data is a version byte, the proposal's id and the command.
 const (
-	entryVersion = 1
+	entryVersion = 1 // format of an entry's data
 	entryHeader  = 1 + len(proposalID{})
 )
 

@@ -13,7 +13,7 @@ import (
 	"github.com/unum-os/unum/internal/ids"
 )
 
-const replicaVersion = 1 // of what a replica keeps on disk
+const replicaVersion = 1 // format of what a replica keeps on disk
 
 // get reads one key; a missing one gives nil.
 func get(r pebble.Reader, key []byte, place string) ([]byte, error) {

@@ -39,14 +39,14 @@ const (
 )
 
 const (
-	snapshotsOut  = 4 // at once, of all groups
-	snapshotsIn   = 2
-	chunkBytes    = 512 << 10
-	tableBytes    = 32 << 20         // of keys and values in one ingested table
-	snapshotStall = 10 * time.Second // without a byte moving, or for the dialling
-	installWait   = 60 * time.Second // for the answer after the end
-	refusalWait   = time.Second      // to get a refusal to a sender that may not be listening yet
-	snapshotRetry = 3                // ticks from a failure to the next attempt
+	snapshotsOut  = 4                // snapshots sent at once, of all groups
+	snapshotsIn   = 2                // snapshots received at once, of all groups; more are refused as busy
+	chunkBytes    = 512 << 10        // bytes of keys and values in one frame of a snapshot
+	tableBytes    = 32 << 20         // bytes of keys and values in one ingested table
+	snapshotStall = 10 * time.Second // how long a snapshot goes on without a byte moving, or the dialling takes
+	installWait   = 60 * time.Second // how long its sender waits for the answer after the end
+	refusalWait   = time.Second      // how long a refusal may take to reach a sender that may not be listening yet
+	snapshotRetry = 3                // ticks from a failed snapshot to the next attempt
 )
 
 type snapBegin struct {

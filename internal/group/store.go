@@ -17,9 +17,9 @@ import (
 // Sizes of the databases: an idle node should stay under 50 MB in all, and both
 // databases live in the Go heap.
 const (
-	cacheBytes    = 8 << 20  // blocks of both databases together
-	memtableBytes = 16 << 20 // each, grown into; up to four may wait for their flush
-	maxOpenFiles  = 256
+	cacheBytes    = 8 << 20  // bytes of blocks read, of both databases together
+	memtableBytes = 16 << 20 // bytes of a memtable of each database, grown into; up to four may wait for their flush
+	maxOpenFiles  = 256      // files that each database keeps open
 )
 
 // openDB opens or creates one database. fatal is told of errors after which the

@@ -18,8 +18,8 @@ const (
 	SpaceLeft = 1 << 30
 	// Behind is how many entries a replica may lag: some seconds of a busy group.
 	Behind = 50_000
-	// LogTimes is how much longer than its aim a log may be: it is cut at a
-	// quarter over, and grows to four times for a replica that needs it.
+	// LogTimes is how much longer than its aim a log may be: it is cut when it has
+	// grown to that, and grows to four times for a replica that needs it.
 	LogTimes = 5
 	// BlocksFor is how long copies may be missing before it is said: a new node
 	// lacks all at first, and busy ones a few at any moment.

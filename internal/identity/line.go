@@ -14,7 +14,7 @@ import (
 var crockford = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
 const (
-	lineSum = 4
+	lineSum = 4 // bytes of a token's checksum
 	// maxLine bounds what is looked at, with the spaces that a mail may have put in.
 	maxLine = 4096
 )

@@ -20,7 +20,7 @@ import (
 // authority's certificate (32); EncodeLine says how they are written.
 const (
 	tokenPrefix = "unum1-"
-	tokenBytes  = 16 + 32
+	tokenBytes  = 16 + 32 // bytes of a join token: its secret, and the authority's fingerprint
 )
 
 // Token invites a machine into a cluster.

@@ -38,7 +38,7 @@ type ExecOptions struct {
 // something may be writing without end.
 const (
 	drainTime = 300 * time.Millisecond
-	heldMost  = 64 << 10 // a pipe's and a terminal's buffer
+	heldMost  = 64 << 10 // bytes of a pipe's and a terminal's buffer
 )
 
 // Process is a command that runs in a node.
@@ -358,6 +358,10 @@ func (l *Lab) lost(op, node string, err error) error {
 	return errs.E(errs.Unavailable, op, node, "its init does not do it: %w", err)
 }
 
+// askTime bounds a question to a node's init, which answers from memory (only a
+// stopped one takes long), and one health check.
+const askTime = 5 * time.Second
+
 // ask sends one request to node's init and returns its first answer.
 func (l *Lab) ask(ctx context.Context, node string, req request, fds []int) (answer, error) {
 	c, err := l.dial(node)
@@ -367,8 +371,7 @@ func (l *Lab) ask(ctx context.Context, node string, req request, fds []int) (ans
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	// Init answers from memory; only a stopped one takes long.
-	if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(askTime)); err != nil {
 		return answer{}, errs.Wrap(err, "lab", node)
 	}
 	var a answer

@@ -19,16 +19,16 @@ import (
 // Defaults, and why.
 const (
 	DefaultName     = "lab"
-	DefaultNodes    = 3
-	MaxNodes        = 200            // of all kinds; one /24, and a filter of a cut holds no more than 255
-	DefaultDiskSize = int64(4) << 30 // sparse: costs what is written
-	minDiskSize     = int64(16) << 20
+	DefaultNodes    = 3               // nodes that store: any one of them may die
+	MaxNodes        = 200             // nodes of all kinds; one /24, and a filter of a cut holds no more than 255
+	DefaultDiskSize = int64(4) << 30  // bytes of a node's disk; sparse: costs what is written
+	minDiskSize     = int64(16) << 20 // bytes of a node's disk at least
 	DefaultDataDir  = "/var/lib/unum"
 	DefaultMount    = "/unum"
 	defaultBase     = "/var/lib/unum-lab"
 	runBase         = "/run/unum-lab"
-	defaultTimeout  = 60 * time.Second      // a healthy cluster forms in a few; a loaded machine takes longer
-	healthPoll      = 50 * time.Millisecond // a health check execs a program: about 10 ms
+	defaultTimeout  = 60 * time.Second      // for a node to be healthy: a cluster forms in a few seconds; a loaded machine takes longer
+	healthPoll      = 50 * time.Millisecond // between two health checks; one execs a program: about 10 ms
 	goneTimeout     = 15 * time.Second      // for killed processes and their mounts to be gone
 	bootTimeout     = 20 * time.Second      // init's mounts; a journal replay is part of it
 	tokenTimeout    = 20 * time.Second      // for one node to give a token; then the next is asked

@@ -26,18 +26,18 @@ import (
 // larger than the network's.
 
 const (
-	maxDelay  = time.Minute
-	minRate   = 8_000           // bits a second; less takes seconds for a frame
-	maxRate   = 100_000_000_000 // more than a relay carries, so no limit at all
+	maxDelay  = time.Minute     // of a link, each way
+	minRate   = 8_000           // bits a second of a link; less takes seconds for a frame
+	maxRate   = 100_000_000_000 // bits a second of a link: more than a relay carries, so no limit at all
 	relayHold = 8192            // frames held per direction; beyond it they are lost, as in a full router
-	relayRoom = 64 << 20        // and bytes, which large segments come to first
-	maxFrame  = 96 << 10        // a 64 KiB segment with its headers
-	vnetHdr   = 10              // struct virtio_net_hdr
+	relayRoom = 64 << 20        // and bytes held, which large segments come to first
+	maxFrame  = 96 << 10        // bytes of a frame: a 64 KiB segment with its headers
+	vnetHdr   = 10              // bytes of struct virtio_net_hdr
 
 	// A slow line's queue: what it sends in this time, but some frames at least.
 	rateQueue       = 500 * time.Millisecond
-	rateQueueFrames = 16
-	fullFrame       = 1514
+	rateQueueFrames = 16   // frames that a slow line's queue holds at least
+	fullFrame       = 1514 // bytes of a full frame of Ethernet
 )
 
 // Link is what is wrong with a node's cable, each way alike. The parts combine:

@@ -45,7 +45,7 @@ type DaemonStatus struct {
 }
 
 const (
-	maxRequest = 16 << 20        // arguments and environment together may be 6 MiB in Linux
+	maxRequest = 16 << 20        // bytes of a request: arguments and environment together may be 6 MiB in Linux
 	hangupTime = 5 * time.Second // from SIGHUP to SIGKILL for a command whose caller died
 )
 

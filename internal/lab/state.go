@@ -68,6 +68,7 @@ type state struct {
 	Clocks   map[string]Clock  `json:",omitempty"`
 }
 
+// stateVersion is the format of state.json; another is refused.
 const stateVersion = 1
 
 func pointerPath(name string) string { return filepath.Join(runBase, name+".json") }

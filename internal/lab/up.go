@@ -181,7 +181,7 @@ func (l *Lab) waitHealthy(ctx context.Context, n Node) error {
 			if l.hooks.Healthy == nil {
 				return nil
 			}
-			one, cancel := context.WithTimeout(ctx, 5*time.Second)
+			one, cancel := context.WithTimeout(ctx, askTime)
 			err = l.hooks.Healthy(one, l, n)
 			cancel()
 			if err == nil {

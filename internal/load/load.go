@@ -22,6 +22,16 @@ const Every = 500 * time.Millisecond
 // is too old to place by (sched.StaleAfter).
 const TellEvery = time.Second
 
+// What must have changed of a load for others to be told before TellEvery.
+const (
+	tellRunnable = 0.5      // a change of the running threads by so much is told at once
+	tellUsed     = 0.05     // a change of the CPUs in use is told at once
+	tellStall    = 0.05     // a change of the part of the time in which something waits for memory is told at once
+	tellMemory   = 64 << 20 // a change of the memory in use, in bytes is told at once
+	tellDisk     = 16 << 20 // a change of the disk in use, in bytes is told at once
+	tellNet      = 1 << 20  // a change of the network's use, in bytes a second is told at once
+)
+
 // Changed reports whether now says something that others should know before
 // TellEvery has passed since they were told old: what changes a price visibly,
 // and disk space, by which writers are stopped.
@@ -30,8 +40,8 @@ func Changed(old, now sched.Load) bool {
 	bytes := func(a, b, by uint64) bool { return max(a, b)-min(a, b) >= by }
 	return old.Node != now.Node || old.CPUs != now.CPUs || old.Speed != now.Speed || old.MemTotal != now.MemTotal ||
 		old.DiskTotal != now.DiskTotal || old.NetMax != now.NetMax ||
-		apart(old.Runnable, now.Runnable, 0.5) || apart(old.Used, now.Used, 0.05) || apart(old.MemStall, now.MemStall, 0.05) ||
-		bytes(old.MemUsed, now.MemUsed, 64<<20) || bytes(old.DiskUsed, now.DiskUsed, 16<<20) || bytes(old.NetUsed, now.NetUsed, 1<<20)
+		apart(old.Runnable, now.Runnable, tellRunnable) || apart(old.Used, now.Used, tellUsed) || apart(old.MemStall, now.MemStall, tellStall) ||
+		bytes(old.MemUsed, now.MemUsed, tellMemory) || bytes(old.DiskUsed, now.DiskUsed, tellDisk) || bytes(old.NetUsed, now.NetUsed, tellNet)
 }
 
 // slowEvery is the number of samples between looks at what seldom changes:

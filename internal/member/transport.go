@@ -35,10 +35,12 @@ type transport struct {
 	once    sync.Once
 }
 
+// maxPackets bounds the packets of gossip not handled yet: seconds of it in a large
+// cluster; more are dropped, as datagrams would be.
+const maxPackets = 256
+
 func newTransport(rpc RPC, self ids.Node) *transport {
-	// 256 packets are seconds of gossip in a large cluster; more are dropped, as
-	// datagrams would be.
-	return &transport{rpc: rpc, self: self, packets: make(chan *memberlist.Packet, 256), streams: make(chan net.Conn), done: make(chan struct{})}
+	return &transport{rpc: rpc, self: self, packets: make(chan *memberlist.Packet, maxPackets), streams: make(chan net.Conn), done: make(chan struct{})}
 }
 
 // listen registers the handlers with rpc.

@@ -105,13 +105,16 @@ type guardian struct {
 	since time.Time           // when this node was last a voter
 }
 
+// guardLimit bounds one look at who holds the authority's key, and its transfer.
+const guardLimit = 5 * time.Second
+
 // guard sees to it that the voters that store hold the authority's key, whole, and
 // nobody else does for long.
 func (n *Node) guard(ctx context.Context, g *guardian) {
 	if n.disk.Role != record.RoleStore {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, guardLimit)
 	defer cancel()
 	st := n.rec.Status()
 	_, err := n.loadAuthority()

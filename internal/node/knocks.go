@@ -16,14 +16,16 @@ import (
 // What another node may make the record write through this one's door: whoever
 // knocks all the time must neither fill its log nor crowd out what others do.
 const (
-	refusalsAtOnce  = 50  // of a node told to the audit in a row,
-	refusalsPer     = 5   // and then so many a second
-	proposalsAtOnce = 500 // of a node that does not store, in a row,
-	proposalsPer    = 100 // and then so many a second: a busy person, not a store
-	proposalBytes   = 8 << 10
+	refusalsAtOnce  = 50      // refusals of a node that are told to the audit one by one, in a row
+	refusalsPer     = 5       // and then so many refusals a second
+	proposalsAtOnce = 500     // proposals of a node that does not store, in a row
+	proposalsPer    = 100     // and then so many proposals a second: a busy person, not a store
+	proposalBytes   = 8 << 10 // bytes of one such proposal
 	// untoldEvery is how long what was turned away is gathered before the audit is
 	// told how much it was.
 	untoldEvery = time.Minute
+	// noteLimit bounds the telling of one line to the audit.
+	noteLimit = 5 * time.Second
 )
 
 // bucket lets so many through at once, and then so many a second.
@@ -157,7 +159,7 @@ func (n *Node) tellUntold(ctx context.Context, now time.Time) {
 	if untold == 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, noteLimit)
 	defer cancel()
 	note := &record.Note{About: principal.Of(peer), What: "ask too much", On: peer.String(), Err: uint8(errs.Busy),
 		Why: fmt.Sprintf("%d attempts in %v were turned away, or refused without a line of their own", untold, now.Sub(since).Round(time.Second))}
@@ -175,7 +177,7 @@ func (n *Node) refused(ctx context.Context, about principal.Principal, what stri
 	}
 	about.User = cut(about.User, record.MaxText)
 	note := &record.Note{About: about, What: what, On: from.String(), Err: uint8(errs.ClassOf(why)), Why: cut(firstLine(why), record.MaxText)}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), noteLimit)
 	defer cancel()
 	if _, err := n.record.do(ctx, record.Command{Note: note}); err != nil {
 		n.cfg.Log.Warn("a refusal is not in the audit", "what", what, "from", from.String(), "err", err)

@@ -163,9 +163,12 @@ func (n *Node) leave(ctx context.Context, say func(string)) error {
 	}
 }
 
+// stateLimit bounds the telling of the record that this node stays, or has left.
+const stateLimit = 10 * time.Second
+
 // stay takes back that this node leaves, after it has waited in vain.
 func (n *Node) stay(ctx context.Context, why string) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stateLimit)
 	defer cancel()
 	if err := n.setState(ctx, record.Active); err != nil {
 		return errs.Wrap(err, "stay in the cluster", n.id.String())
@@ -327,7 +330,7 @@ func (n *Node) farewell(ctx context.Context) error {
 	if !n.goes.Load() || n.stays != nil {
 		return nil
 	}
-	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	sctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stateLimit)
 	defer cancel()
 	if err := n.setState(sctx, record.Left); err != nil {
 		n.stays = errs.E(errs.ClassOf(err), "leave the cluster", n.id.String(), "the cluster does not know that it has left: %w", err).

@@ -743,10 +743,14 @@ func (n *Node) onMember(p ids.Node, alive bool) {
 	}
 }
 
+// minMemory is what a node must have free to accept a command, in bytes; the
+// sentence of accept says it too.
+const minMemory = 64 << 20
+
 // accept decides by this node's own numbers whether a job may start here.
 func (n *Node) accept(proc.Demand) error {
 	for _, l := range n.loads.Snapshot(clock.Now()) {
-		if l.Node == n.id && l.MemTotal > 0 && l.MemTotal-min(l.MemUsed, l.MemTotal) < 64<<20 {
+		if l.Node == n.id && l.MemTotal > 0 && l.MemTotal-min(l.MemUsed, l.MemTotal) < minMemory {
 			return errs.E(errs.Busy, "start", "", "%v has less than 64 MiB of memory left", n.id)
 		}
 	}

@@ -67,6 +67,10 @@ const (
 	// followAgain how soon it asks again when nobody has answered.
 	followEvery = 5 * time.Second
 	followAgain = 500 * time.Millisecond
+	// followLimit bounds one such question to all that are asked.
+	followLimit = 5 * time.Second
+	// selfLimit bounds the question to one node how it is.
+	selfLimit = 2 * time.Second
 	// membersAsked is how many nodes are asked at a time, in turn: one may be cut
 	// off, and what it says be old.
 	membersAsked = 3
@@ -94,7 +98,7 @@ func (n *Node) follow(ctx context.Context) error {
 // say the newest counts, and of two equally new, who believes more to be alive.
 // Class Stale: all of it is older than what is known.
 func (n *Node) askMembers(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, followLimit)
 	defer cancel()
 	ask := slices.DeleteFunc(n.askFirst(), func(p ids.Node) bool { return p == n.id })
 	if many := len(ask); many > membersAsked && len(*n.known.Load()) > 0 {
@@ -183,7 +187,7 @@ func (n *Node) configs(ctx context.Context) (map[ids.Group]GroupStatus, map[ids.
 		if m.Role == record.RoleClient {
 			continue
 		}
-		cctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		cctx, cancel := context.WithTimeout(ctx, selfLimit)
 		var s Self
 		_, err := n.ep.Call(cctx, m.ID, methodSelf, nil, nil, &s)
 		cancel()

@@ -61,6 +61,9 @@ const (
 	maxListed = 1000
 	// maxEvents bounds the events of one answer.
 	maxEvents = 1000
+	// listedBytes is how many bytes of keys and values one answer has, at which it
+	// ends.
+	listedBytes = 2 << 20
 	// maxWait is how long changes are waited for before an answer says that there
 	// are none: it shows both ends that the other lives.
 	maxWait = 5 * time.Second
@@ -180,7 +183,7 @@ func (n *Node) readHere(ctx context.Context, q *readRequest) (_ *readReply, err 
 		}
 		size := 0
 		for _, k := range ks { // what one message carries
-			if size += len(k.Key) + len(k.Value) + 64; size > 2<<20 && len(r.Keys) > 0 {
+			if size += len(k.Key) + len(k.Value) + 64; size > listedBytes && len(r.Keys) > 0 {
 				more = true
 				break
 			}

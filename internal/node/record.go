@@ -118,11 +118,24 @@ func (r *recordClient) do(ctx context.Context, c record.Command) (*record.Result
 	return r.doAs(ctx, c, nil)
 }
 
+const (
+	// recordLimit bounds a command to the record whose caller has set no time:
+	// longer than an election.
+	recordLimit = 20 * time.Second
+	// recordFirst is the pause before a command is sent again that found no leader;
+	// it doubles up to recordMost.
+	recordFirst = 5 * time.Millisecond
+	recordMost  = 200 * time.Millisecond
+	// freshLimit bounds the asking of the leader how far the record is, before jobs
+	// are looked up here; after it what is here must do.
+	freshLimit = 2 * time.Second
+)
+
 // doAs is do for who shows a proof.
 func (r *recordClient) doAs(ctx context.Context, c record.Command, proof principal.Proof) (*record.Result, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, 20*time.Second)
+		ctx, cancel = context.WithTimeout(ctx, recordLimit)
 		defer cancel()
 	}
 	if c.Who == (principal.Principal{}) {
@@ -141,7 +154,7 @@ func (r *recordClient) doAs(ctx context.Context, c record.Command, proof princip
 		delete(r.flying, c.Seq)
 		r.mu.Unlock()
 	}()
-	for try, wait := 0, 5*time.Millisecond; ; try, wait = try+1, min(2*wait, 200*time.Millisecond) {
+	for try, wait := 0, recordFirst; ; try, wait = try+1, min(2*wait, recordMost) {
 		c.Acked = r.acked(c.Seq) // more each time: who waits for a place behind others would wait for ever
 		cmd, err := wire.Marshal(c)
 		if err != nil {
@@ -312,7 +325,7 @@ func (g *registry) Get(ctx context.Context, id ids.Job) (proc.JobRecord, error) 
 		return r, nil
 	}
 	// Not behind what was known when the question was asked, if that can be had.
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, freshLimit)
 	defer cancel()
 	g.r.g.ReadIndex(ctx)
 	j, err := g.r.view().Job(id)
@@ -324,7 +337,7 @@ func (g *registry) Get(ctx context.Context, id ids.Job) (proc.JobRecord, error) 
 
 // List returns all jobs the record keeps, with what it has yet to be told.
 func (g *registry) List(ctx context.Context) ([]proc.JobRecord, error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, freshLimit)
 	defer cancel()
 	g.r.g.ReadIndex(ctx)
 	js, err := g.r.view().Jobs()

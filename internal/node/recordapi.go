@@ -194,14 +194,16 @@ func (a *usersAPI) Drop(ctx context.Context, req *api.DropUserRequest) (*api.Dro
 }
 
 const (
-	inviteLife    = time.Hour
+	// InviteLife is how long a login token is good if nobody says, maxInviteLife
+	// how long it may be: who has it speaks for its user.
+	InviteLife    = time.Hour
 	maxInviteLife = 30 * 24 * time.Hour
 )
 
 func (a *usersAPI) Invite(ctx context.Context, req *api.InviteRequest) (*api.InviteResponse, error) {
 	life := req.Lifetime.AsDuration()
 	if life <= 0 {
-		life = inviteLife
+		life = InviteLife
 	}
 	if life > maxInviteLife {
 		return nil, errs.E(errs.Invalid, "invite", req.User, "for %v, limit %v", life, maxInviteLife)

@@ -97,11 +97,15 @@ func (n *Node) self() Self {
 	return s
 }
 
+// statusLimit bounds the asking of all members for one status, which a person
+// waits for; of those that have not answered less is shown.
+const statusLimit = time.Second
+
 // status asks all members for a moment.
 func (n *Node) status(ctx context.Context) *api.StatusResponse {
 	st := &api.StatusResponse{Node: uint64(n.id), Cluster: api.Text(n.disk.Cluster), Mount: api.Text(n.cfg.Mount), Addr: api.Text(n.disk.Addr)}
 	loads := n.loads.Snapshot(clock.Now())
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	ctx, cancel := context.WithTimeout(ctx, statusLimit)
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, m := range n.current() {
@@ -163,6 +167,9 @@ func (n *Node) seats() int {
 	return quorum.Seats(storing, witness)
 }
 
+// TokenLife is how long a join token is good if nobody says.
+const TokenLife = 24 * time.Hour
+
 // token makes a join token and puts its hash into the record. No uses are one, no
 // life is a day, no role is store.
 func (n *Node) token(ctx context.Context, uses uint32, life time.Duration, role record.Role) (string, error) {
@@ -170,7 +177,7 @@ func (n *Node) token(ctx context.Context, uses uint32, life time.Duration, role 
 		uses = 1
 	}
 	if life <= 0 {
-		life = 24 * time.Hour
+		life = TokenLife
 	}
 	if role == 0 {
 		role = record.RoleStore

@@ -30,6 +30,11 @@ const (
 	stewardTick = time.Second
 	// stewardAgain is how soon it looks again while something is under way.
 	stewardAgain = 50 * time.Millisecond
+	// stepLimit bounds one step of a group towards its voters.
+	stepLimit = 10 * time.Second
+	// moveLimit bounds the telling of the record that this node's address or host
+	// name has changed.
+	moveLimit = 5 * time.Second
 )
 
 // steward brings the voters of the groups that this node leads into line with
@@ -178,7 +183,7 @@ func (s *steward) seats(st group.Status, members []record.Member) []quorum.Membe
 
 // tend makes one step for one group, and reports whether there is nothing to do.
 func (s *steward) tend(ctx context.Context, g *group.Group, members []record.Member) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
 	n, st := s.n, g.Status()
 	step := quorum.Next(quorum.Group{Leader: n.id, Voters: st.Voters, Learners: st.Learners, Joint: st.Joint}, s.seats(st, members))
@@ -228,7 +233,7 @@ func (n *Node) noteMove(ctx context.Context) {
 	if !ok || m.Addr == n.disk.Addr && m.Hostname == n.cfg.Hostname {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, moveLimit)
 	defer cancel()
 	if _, err := n.record.do(ctx, record.Command{UpdateMember: &record.UpdateMember{Node: n.id, Addr: n.disk.Addr, Hostname: n.cfg.Hostname}}); err != nil {
 		n.cfg.Log.Debug("address not told yet", "err", err)

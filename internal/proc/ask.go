@@ -106,6 +106,13 @@ func (h *Home) Kill(ctx context.Context, id ids.Job, signal int, uid uint32) err
 	return errs.Wrap(err, "", "")
 }
 
+// waitFirst is the pause before a node that did not answer Wait is asked again; it
+// doubles up to waitMost.
+const (
+	waitFirst = 50 * time.Millisecond
+	waitMost  = time.Second
+)
+
 // Wait returns the final record of a job. A node that falls silent is asked
 // again until the record says what became of the job. That a job is lost is a
 // guess: its node is asked first.
@@ -125,8 +132,7 @@ func (h *Home) Wait(ctx context.Context, id ids.Job) (JobRecord, error) {
 			rec = w.Record
 		}
 	}
-	const first, most = 50 * time.Millisecond, time.Second
-	pause := first
+	pause := waitFirst
 	for !rec.State.Finished() {
 		w, err := ask()
 		switch {
@@ -135,7 +141,7 @@ func (h *Home) Wait(ctx context.Context, id ids.Job) (JobRecord, error) {
 		case err == nil && w.Known && w.Record.State.Finished():
 			return w.Record, nil
 		case err == nil && w.Known:
-			pause = first
+			pause = waitFirst
 			continue // it asked long enough by itself
 		}
 		if now, err := h.cfg.Registry.Get(ctx, id); err == nil {
@@ -151,7 +157,7 @@ func (h *Home) Wait(ctx context.Context, id ids.Job) (JobRecord, error) {
 			t.Stop()
 			return rec, ctx.Err()
 		}
-		pause = min(2*pause, most)
+		pause = min(2*pause, waitMost)
 	}
 	return rec, nil
 }

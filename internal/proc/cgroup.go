@@ -206,13 +206,16 @@ func (g *cgroup) rss(shim int) int64 {
 	return sum
 }
 
+// removeLimit is how long a group is tried to be removed, in pauses that double.
+const removeLimit = time.Second
+
 // remove removes the groups. Processes of a namespace that has just ended may
 // still be leaving; the kernel says EBUSY until they have.
 func (g *cgroup) remove() error {
 	var problems error
 	for _, d := range g.dirs {
 		var err error
-		for wait := time.Millisecond; wait < time.Second; wait *= 2 {
+		for wait := time.Millisecond; wait < removeLimit; wait *= 2 {
 			if err = os.Remove(d); err == nil || errors.Is(err, os.ErrNotExist) {
 				err = nil
 				break

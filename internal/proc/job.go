@@ -32,6 +32,9 @@ const maxEarly = 64
 // codeTimeout is the exit code of a job whose time was up, as timeout(1) has it.
 const codeTimeout = 124
 
+// killAfter is how long a job whose time is up has between TERM and KILL.
+const killAfter = 2 * time.Second
+
 // job is one job on the node that executes it.
 type job struct {
 	m    *Manager
@@ -512,7 +515,7 @@ func (j *job) expire(limit time.Duration) {
 	j.mu.Unlock()
 	j.signal(int(unix.SIGTERM))
 	j.signal(int(unix.SIGCONT)) // a stopped one hears it too
-	t := time.NewTimer(2 * time.Second)
+	t := time.NewTimer(killAfter)
 	defer t.Stop()
 	select {
 	case <-j.over:

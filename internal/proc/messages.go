@@ -78,7 +78,7 @@ type ioHello struct {
 // Streams of a job: its descriptors 0, 1, 2, and its terminal.
 const (
 	streamTTY  = 3
-	numStreams = 4
+	numStreams = 4 // streams of a job
 )
 
 // maxMessage bounds a control message; a launch carries arguments and

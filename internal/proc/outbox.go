@@ -14,6 +14,14 @@ import (
 const (
 	outboxBatch = 256
 	outboxBytes = 512 << 10
+	// outboxLimit bounds one telling, outboxLast the one that is tried when the
+	// daemon stops.
+	outboxLimit = 10 * time.Second
+	outboxLast  = time.Second
+	// outboxFirst is the pause after a telling that failed; it doubles up to
+	// outboxMost.
+	outboxFirst = 100 * time.Millisecond
+	outboxMost  = 5 * time.Second
 )
 
 // Outbox keeps what the record must be told until it has been told. Of several
@@ -75,19 +83,18 @@ func (o *Outbox) List() []JobRecord {
 
 // Run tells the record until ctx ends, then makes one last attempt.
 func (o *Outbox) Run(ctx context.Context) error {
-	const first, most = 100 * time.Millisecond, 5 * time.Second
-	wait := first
+	wait := outboxFirst
 	for {
 		err := o.flush(ctx)
 		var again <-chan time.Time
 		if err != nil && ctx.Err() == nil {
-			if wait == first {
+			if wait == outboxFirst {
 				o.log.Warn("the record was not told about jobs, trying again", "err", err)
 			}
 			again = time.After(wait)
-			wait = min(2*wait, most)
+			wait = min(2*wait, outboxMost)
 		} else {
-			wait = first
+			wait = outboxFirst
 		}
 		wake := o.wake
 		if again != nil {
@@ -97,7 +104,7 @@ func (o *Outbox) Run(ctx context.Context) error {
 		case <-wake:
 		case <-again:
 		case <-ctx.Done():
-			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), outboxLast)
 			defer cancel()
 			if err := o.flush(last); err != nil {
 				o.log.Warn("the record was not told about the last jobs", "err", err)
@@ -125,7 +132,7 @@ func (o *Outbox) flush(ctx context.Context) error {
 		if n == 0 {
 			return nil
 		}
-		c, cancel := context.WithTimeout(ctx, 10*time.Second)
+		c, cancel := context.WithTimeout(ctx, outboxLimit)
 		err := o.tell(c, batch)
 		cancel()
 		if err != nil {

@@ -23,6 +23,9 @@ const startAhead = 2
 // shall have the processor first.
 const makeWay = 5 * time.Millisecond
 
+// spawnAgain is the pause after a shim could not be started ahead.
+const spawnAgain = 5 * time.Second
+
 // vessel is a shim in its namespaces and control group, without a program yet.
 type vessel struct {
 	proc *os.Process
@@ -55,7 +58,7 @@ func (m *Manager) startAhead(ctx context.Context) {
 		if err != nil {
 			m.cfg.Log.Warn("shim cannot be started", "err", err)
 			select { // jobs try for themselves meanwhile, and say why they fail
-			case <-time.After(5 * time.Second):
+			case <-time.After(spawnAgain):
 			case <-ctx.Done():
 			}
 			continue

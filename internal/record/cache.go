@@ -4,8 +4,8 @@ import "github.com/unum-os/unum/internal/principal"
 
 // How much a cache remembers of each kind. Nothing but time depends on it.
 const (
-	cachedKeys  = 8192
-	cachedOther = 4096
+	cachedKeys  = 8192 // keys remembered
+	cachedOther = 4096 // remembered of each: clients, principals' rights, users' usages
 )
 
 // cache remembers what the last commands read or wrote, so that a small command

@@ -11,9 +11,9 @@ const (
 	MaxFinished   = 1000      // finished jobs kept: a day of a busy person, a second of a busy queue
 	MaxUnfinished = 100_000   // jobs that run or might; more are refused
 	StoreClients  = 64        // clients of a storing node whose commands are exactly-once; its longest silent one is forgotten
-	OtherClients  = 8         // the same of any other node
+	OtherClients  = 8         // such clients of any other node
 	Window        = 4096      // how far a storing node's client's Seq may run ahead of what it acknowledged
-	OtherWindow   = 256       // the same of any other node's
+	OtherWindow   = 256       // how far the client of any other node may run ahead
 	MaxText       = 255       // bytes of a host name, an address, a label
 	MaxLabels     = 64        // labels of a member
 	MaxTokens     = 1024      // tokens at a time; a used-up one goes first, then the one that ends soonest

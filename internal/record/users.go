@@ -10,8 +10,8 @@ import (
 
 // Limits of users.
 const (
-	MaxUsers  = 10_000
-	MaxLogins = 1024 // login tokens at a time; that which ends soonest gives way
+	MaxUsers  = 10_000 // users of the record
+	MaxLogins = 1024   // login tokens at a time; that which ends soonest gives way
 )
 
 // User is a person, or a program that acts for nobody in particular. The uid is

@@ -62,12 +62,19 @@ func (k laneKind) inHand() int64 {
 	return callsInHand
 }
 
+// bulkBuffer is the size in bytes of the buffers under TLS of a link for bulk,
+// callBuffer of any other.
+const (
+	bulkBuffer = 128 << 10
+	callBuffer = 32 << 10
+)
+
 // buffer is the size of the buffers under TLS, each way.
 func (k laneKind) buffer() int {
 	if k == laneBulk {
-		return 128 << 10
+		return bulkBuffer
 	}
-	return 32 << 10
+	return callBuffer
 }
 
 type peer struct{ lanes [numLanes]*lane }

@@ -23,8 +23,9 @@ import (
 const (
 	// handshakeLimit bounds the time a peer may take to show who it is.
 	handshakeLimit = 5 * time.Second
-	// maxHandshakes bounds the connections whose peer is not known yet, in all
-	// and from one address, so that one machine cannot keep the others out.
+	// maxHandshakes bounds the connections whose peer is not known yet, in all,
+	// maxHandshakesFrom those from one address, so that one machine cannot keep the
+	// others out.
 	maxHandshakes     = 256
 	maxHandshakesFrom = 64
 	// maxLinksFrom bounds the connections of one kind that a known peer may have

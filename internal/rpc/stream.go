@@ -23,20 +23,26 @@ import (
 const (
 	// chunkLimit bounds a chunk of a stream.
 	chunkLimit = 64 << 10
-	chunkHead  = 4
+	chunkHead  = 4 // bytes before a chunk of a stream: its length
 	// streamWindow is what a stream may send ahead of its reader: 1 Gbit/s over
 	// 8 ms.
 	streamWindow = 1 << 20
+	// maxUnaccepted bounds the streams of a link that the other side has opened and
+	// that are not accepted here yet.
+	maxUnaccepted = 256
+	// openLimit is how long the other side may take to accept one; then the link
+	// is given up.
+	openLimit = time.Minute
 )
 
 func (e *Endpoint) yamuxConfig() *yamux.Config {
 	return &yamux.Config{
-		AcceptBacklog:          256,
+		AcceptBacklog:          maxUnaccepted,
 		EnableKeepAlive:        false, // the watch does it
 		KeepAliveInterval:      time.Minute,
 		ConnectionWriteTimeout: slowAfter,
 		MaxStreamWindowSize:    streamWindow,
-		StreamOpenTimeout:      time.Minute,
+		StreamOpenTimeout:      openLimit,
 		// Never: yamux would reset the stream after it, and with that would go what a
 		// slow reader has not read yet. The end of the session ends a dead peer's.
 		StreamCloseTimeout: 0,

@@ -13,6 +13,7 @@ import (
 // dialler asks, the other side only listens: it hears a question at least every
 // second.
 const (
+	// watchTick is how often each link is looked at.
 	watchTick = 500 * time.Millisecond
 	// idleTick is how often an idle link is asked; one that owes answers is asked
 	// at every tick.

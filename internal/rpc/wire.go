@@ -29,6 +29,7 @@ type hello struct {
 	Version uint     `cbor:"2,keyasint"`
 }
 
+// version is that of the protocol between nodes, told in each link's hello.
 const version = 1
 
 type callHeader struct {

@@ -21,10 +21,10 @@ const (
 
 	// What a job of unknown demand is priced for, at the margin: one CPU, the
 	// memory of one run of a compiler, little disk and network.
-	nominalCPUs   = 1
-	nominalMemory = 256 << 20
-	nominalDisk   = 64 << 20
-	nominalNet    = 1 << 20 // bytes a second
+	nominalCPUs   = 1         // CPUs a job of unknown demand is priced for
+	nominalMemory = 256 << 20 // bytes of memory it is priced for
+	nominalDisk   = 64 << 20  // bytes of disk it is priced for
+	nominalNet    = 1 << 20   // bytes a second it is priced for
 
 	// thrash is how much dearer a node's CPU gets when it has no memory left for a
 	// job of unknown demand, or stalls for memory: the slowdown that the model's authors give to thrashing.
@@ -32,8 +32,8 @@ const (
 	// thrashing is the MemStall from which a node counts as having none left.
 	thrashing = 0.2
 	// The base and the exponent are bounded so that no price overflows.
-	maxNodes = 1e6
-	maxUse   = 16
+	maxNodes = 1e6 // the base of prices: nodes
+	maxUse   = 16  // the exponent of prices: use of a resource, as a part of what there is
 )
 
 // Policy names a way of pricing.

@@ -14,15 +14,15 @@ type Name = [32]byte
 const MaxData = 1 << 20
 
 const (
-	version     = 1
-	headerSize  = 4096 // of a segment: a page, so that records begin on one
-	headerCopy  = 2048 // where the second copy lies; a sector can be lost
-	headerBytes = 64   // of each copy
-	recordSize  = 64   // header of a record
+	version     = 1    // format of segments and their indexes
+	headerSize  = 4096 // bytes of a segment's header: a page, so that records begin on one
+	headerCopy  = 2048 // where the header's second copy lies; a sector can be lost
+	headerBytes = 64   // bytes of each copy of the header
+	recordSize  = 64   // bytes of a record's header
 	align       = 64   // records begin on multiples of it: a resync looks there only
 
-	maxSegment = 1 << 30  // offsets are uint32
-	minSegment = 64 << 10 // smaller ones are all header; a larger record has a segment to itself
+	maxSegment = 1 << 30  // bytes of a segment at most: offsets are uint32
+	minSegment = 64 << 10 // bytes of a full segment at least: smaller ones are all header; a larger record has a segment to itself
 
 	segmentMagic = "UNUMSEG\n"
 	indexMagic   = "UNUMIDX\n"
@@ -30,8 +30,8 @@ const (
 
 	flagPad = 1 // no block: a piece torn by a crash, to be passed over
 
-	indexHeader = 48
-	indexEntry  = 32 + 12
+	indexHeader = 48      // bytes of an index file before its entries
+	indexEntry  = 32 + 12 // bytes of each: a block's name, and where it is
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

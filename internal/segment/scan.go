@@ -91,8 +91,8 @@ type window struct {
 }
 
 const (
-	windowSize = 256 << 10
-	pageSize   = 4096
+	windowSize = 256 << 10 // bytes of a segment read at a time
+	pageSize   = 4096      // bytes after which reading goes on where the disk fails
 )
 
 // at returns n bytes from off, fewer at the end of the file or where the disk

@@ -81,22 +81,28 @@ type Stats struct {
 	Damaged  uint64 // places found damaged
 }
 
+const (
+	defaultSegment = 64 << 20 // bytes of a full segment, if Config does not say
+	defaultReserve = 32 << 20 // bytes of the file system that are left to others, if Config does not say
+	defaultOpen    = 64       // segments open for reading at a time, if Config does not say
+)
+
 // Open opens the store in cfg.Dir, or makes one. It fails with class Busy when
 // another process has it open, Corrupt when nothing in the directory tells which
 // store it is, NotSupported when a later program has written it, and IO or
 // NoSpace when the disk fails; damage in it is no failure.
 func Open(cfg Config) (*Store, error) {
 	if cfg.SegmentSize == 0 {
-		cfg.SegmentSize = 64 << 20
+		cfg.SegmentSize = defaultSegment
 	}
 	if cfg.SegmentSize < minSegment || cfg.SegmentSize > maxSegment {
 		return nil, errs.E(errs.Invalid, "open block store", cfg.Dir, "segment size %d, want %d to %d", cfg.SegmentSize, minSegment, maxSegment)
 	}
 	if cfg.Reserve == 0 {
-		cfg.Reserve = 32 << 20
+		cfg.Reserve = defaultReserve
 	}
 	if cfg.MaxOpen <= 0 {
-		cfg.MaxOpen = 64
+		cfg.MaxOpen = defaultOpen
 	}
 	if cfg.FS == nil {
 		cfg.FS = disk.Real

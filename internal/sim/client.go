@@ -43,7 +43,7 @@ type client struct {
 	hint    ids.Node // who is said to lead
 }
 
-// attempts of an operation are given up after a while and made elsewhere.
+// patience: attempts of an operation are given up after a while and made elsewhere.
 const patience = 700 * time.Millisecond
 
 func (c *client) soon(d time.Duration, f func()) {

@@ -38,6 +38,7 @@ type command struct {
 	kind                   kind
 }
 
+// commandBytes is the size of an encoded command without its padding.
 const commandBytes = 5*8 + 1
 
 func (c command) encode(padding int) []byte {

@@ -34,6 +34,34 @@ const (
 	reserve = 96 << 20
 	// keepInodes is how many inodes the cache keeps when idle.
 	keepInodes = 100_000
+	// idleFor is how long an inode stays unused before its lease is given back,
+	// idleForFull when there are more than keepInodes; it is looked every sweepEvery.
+	idleFor     = 5 * time.Minute
+	idleForFull = 10 * time.Second
+	sweepEvery  = 10 * time.Second
+	// lastShip bounds the shipping of what is pending when the daemon stops.
+	lastShip = 3 * time.Second
+	// shipsAtOnce is how many blocks a ship writes at a time: they keep the disks
+	// busy without holding every copy in memory.
+	shipsAtOnce = 4
+	// purgesAtOnce is how many inodes are emptied at a time when a session is lost.
+	purgesAtOnce = 8
+	// openLimit bounds one attempt to open a session, openAgain is the pause within
+	// it while there is no leader.
+	openLimit = 10 * time.Second
+	openAgain = 50 * time.Millisecond
+	// renewLimit bounds one renewal of the session, renewAgain is the pause after
+	// one that failed.
+	renewLimit = time.Second
+	renewAgain = 100 * time.Millisecond
+	// whereLimit bounds the question to one member who leads.
+	whereLimit = 500 * time.Millisecond
+	// askFirst is the pause before a request is sent again that found no leader; it
+	// doubles up to askMost.
+	askFirst = 5 * time.Millisecond
+	askMost  = 200 * time.Millisecond
+	// grantWait is how long a recall waits for its grant that is still on the way.
+	grantWait = 300 * time.Millisecond
 )
 
 // Peers calls other nodes.
@@ -161,7 +189,7 @@ func (c *Client) keepSession(ctx context.Context) {
 			c.lose(s.epoch, err.Error())
 			continue
 		} else if err != nil {
-			next = 100 * time.Millisecond
+			next = renewAgain
 		}
 		pause(ctx, min(next, max(0, clock.Instant(c.expires.Load()).Sub(clock.Now()))))
 	}
@@ -178,7 +206,7 @@ func pause(ctx context.Context, d time.Duration) {
 }
 
 func (c *Client) openSession(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, openLimit)
 	defer cancel()
 	nonce := rand.Uint64()
 	var r vice.OpenReply
@@ -192,7 +220,7 @@ func (c *Client) openSession(ctx context.Context) error {
 		if !retry(err) || ctx.Err() != nil {
 			return err
 		}
-		pause(ctx, 50*time.Millisecond)
+		pause(ctx, openAgain)
 	}
 	if clock.Now().Sub(sent) > vice.ClientTerm {
 		return errs.E(errs.Timeout, "open session", "", "the answer took longer than the session lasts")
@@ -233,7 +261,7 @@ func (c *Client) reopen(ctx context.Context) {
 }
 
 func (c *Client) renew(ctx context.Context, s session) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	ctx, cancel := context.WithTimeout(ctx, renewLimit)
 	defer cancel()
 	sent := clock.Now()
 	var r vice.RenewReply
@@ -337,7 +365,7 @@ func (c *Client) once(ctx context.Context, method string, req, resp any) error {
 // findLeader asks the members.
 func (c *Client) findLeader(ctx context.Context) ids.Node {
 	for _, n := range c.cfg.Members() {
-		ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+		ctx, cancel := context.WithTimeout(ctx, whereLimit)
 		var r vice.WhereReply
 		_, err := c.cfg.Peers.Call(ctx, n, vice.MethodWhere, vice.Caller{Group: c.cfg.Group}, nil, &r)
 		cancel()
@@ -352,7 +380,7 @@ func (c *Client) findLeader(ctx context.Context) ids.Node {
 // the session's leases come from, and returns the session it was answered under.
 // build makes the request anew for each attempt.
 func ask[R any](c *Client, ctx context.Context, method string, build func(vice.Caller) any) (R, session, error) {
-	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+	for wait := askFirst; ; wait = min(2*wait, askMost) {
 		var r R
 		s, err := c.valid(ctx)
 		if err != nil {
@@ -411,7 +439,7 @@ func (c *Client) apply(ctx context.Context, first session, ops []volume.Op, reli
 		}
 		c.mu.Unlock()
 	})
-	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+	for wait := askFirst; ; wait = min(2*wait, askMost) {
 		q := vice.ApplyRequest{Caller: c.caller(s), Seq: seq, Acked: c.acked(), Ops: ops, Open: opened != nil}
 		if s.term == first.term { // leases are a term's: a new leader knows none
 			q.Relinquish, q.Want = relinquish, want

@@ -419,7 +419,7 @@ func (c *Client) onRecall(ctx context.Context, from ids.Node, req, _ []byte) (an
 	if in.seq < q.Seq && in.through < q.Seq && in.expecting > 0 {
 		// Its grant is on the way: let it be used once. Not for long: the answer
 		// may have been lost, and the next one stand in line behind this recall.
-		wctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+		wctx, cancel := context.WithTimeout(ctx, grantWait)
 		for in.seq < q.Seq && in.through < q.Seq && in.expecting > 0 && in.wait(wctx) == nil {
 		}
 		cancel()

@@ -41,8 +41,8 @@ func (p *pending) empty() bool {
 // that travel inline, take in a log record at most: three operations with their
 // attributes, and an extent that names a block.
 const (
-	fileCost  = 384
-	pieceCost = 96
+	fileCost  = 384 // bytes in a log record, at most, of the operations of one file
+	pieceCost = 96  // bytes there of one piece of content, beside those that travel inline
 )
 
 // cost is an upper bound for p's share of a log record without its content.

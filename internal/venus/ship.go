@@ -194,7 +194,7 @@ func (c *Client) pack(ctx context.Context, parcels []*parcel) ([]volume.Op, erro
 		bins = append(bins, open)
 	}
 	var wg sync.WaitGroup
-	sem := make(chan struct{}, 4)
+	sem := make(chan struct{}, shipsAtOnce)
 	errc := make(chan error, len(bins))
 	for _, p := range bins {
 		sem <- struct{}{}
@@ -284,7 +284,7 @@ func (c *Client) shipRegularly(ctx context.Context) {
 	for {
 		pause(ctx, shipEvery)
 		if ctx.Err() != nil {
-			last, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+			last, cancel := context.WithTimeout(context.Background(), lastShip)
 			if err := c.Settle(last); err != nil {
 				c.cfg.Log.Warn("not shipped at the end", "err", err)
 			}
@@ -362,7 +362,7 @@ func (c *Client) lose(epoch uint64, why string) {
 	// Not by the caller, which may be a request that the kernel's pages wait for.
 	go func() {
 		var wg sync.WaitGroup
-		sem := make(chan struct{}, 8)
+		sem := make(chan struct{}, purgesAtOnce)
 		for _, in := range ins {
 			sem <- struct{}{}
 			wg.Go(func() { defer func() { <-sem }(); c.purge(in) })
@@ -401,14 +401,14 @@ func (c *Client) purge(in *inode) {
 // needs any more.
 func (c *Client) sweepRegularly(ctx context.Context) {
 	for {
-		pause(ctx, 10*time.Second)
+		pause(ctx, sweepEvery)
 		if ctx.Err() != nil {
 			return
 		}
-		idle := 5 * time.Minute
+		idle := idleFor
 		c.mu.Lock()
 		if len(c.inodes) > keepInodes {
-			idle = 10 * time.Second
+			idle = idleForFull
 		}
 		all := make([]*inode, 0, len(c.inodes))
 		for _, in := range c.inodes {

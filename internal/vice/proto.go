@@ -15,7 +15,7 @@ import (
 const (
 	Term       = 5 * time.Second
 	ClientTerm = 4500 * time.Millisecond
-	RenewEvery = time.Second
+	RenewEvery = time.Second // between two renewals of a session
 )
 
 // Methods of the leader, called by clients.

@@ -236,12 +236,11 @@ func (s *Server) extents(ctx context.Context, from ids.Node, q *ExtentsRequest) 
 		t, err := s.cfg.State.readlink(q.Ino)
 		return ExtentsReply{Target: t}, err
 	}
-	const page = 2048
-	es, err := s.cfg.State.extents(q.Ino, q.From, page)
+	es, err := s.cfg.State.extents(q.Ino, q.From, maxExtents)
 	if err != nil {
 		return ExtentsReply{}, err
 	}
-	r := ExtentsReply{Extents: es, More: len(es) == page}
+	r := ExtentsReply{Extents: es, More: len(es) == maxExtents}
 	bytes := 0
 	for i := range es {
 		if bytes += len(es[i].Data); bytes > extentPage && i > 0 {

@@ -34,6 +34,14 @@ const (
 	listingPage = volume.MaxListing - 1
 	// extentPage bounds the bytes of inline data in one answer.
 	extentPage = 1 << 20
+	// maxExtents is the most extents in one answer.
+	maxExtents = 2048
+	// nudgePoll is how often there is looked whether this node leads, if nobody said
+	// so.
+	nudgePoll = time.Second
+	// takeoverLimit bounds one question of a new leader to a session what it holds;
+	// it is asked again until Term and expiryMargin are over.
+	takeoverLimit = 2 * time.Second
 )
 
 // Replica is the group's replica on this node.
@@ -130,7 +138,7 @@ func (s *Server) Nudge() {
 
 // Run serves until ctx ends.
 func (s *Server) Run(ctx context.Context) error {
-	poll := time.NewTicker(time.Second) // a lost nudge costs a second, no more
+	poll := time.NewTicker(nudgePoll) // a lost nudge costs a second, no more
 	defer poll.Stop()
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -320,7 +328,7 @@ func (l *leadership) takeSession(ss *session, deadline clock.Instant) error {
 		if left <= 0 {
 			return l.endSession(ss, "silent when a new leader took over")
 		}
-		ctx, cancel := context.WithTimeout(l.ctx, min(left, 2*time.Second))
+		ctx, cancel := context.WithTimeout(l.ctx, min(left, takeoverLimit))
 		var r TakeoverReply
 		_, err := l.s.cfg.Peers.Call(ctx, ss.node, MethodTakeover, req, nil, &r)
 		cancel()

@@ -26,6 +26,13 @@ import (
 // MaxFrame bounds a frame: a block of 1 MiB and its header, with room.
 const MaxFrame = 4 << 20
 
+// Bounds of what a message decodes to, against those that are small and expand.
+const (
+	maxNesting = 16      // levels of a message
+	maxArray   = 1 << 20 // elements of an array of a message
+	maxPairs   = 1 << 16 // pairs of a map of a message
+)
+
 var (
 	enc cbor.EncMode
 	dec cbor.DecMode
@@ -37,9 +44,9 @@ func init() {
 		panic(err)
 	}
 	dec, err = cbor.DecOptions{
-		MaxNestedLevels:  16,
-		MaxArrayElements: 1 << 20,
-		MaxMapPairs:      1 << 16,
+		MaxNestedLevels:  maxNesting,
+		MaxArrayElements: maxArray,
+		MaxMapPairs:      maxPairs,
 		IndefLength:      cbor.IndefLengthForbidden,
 		TagsMd:           cbor.TagsForbidden,
 		DupMapKey:        cbor.DupMapKeyEnforcedAPF,
@@ -116,6 +123,8 @@ type Frame struct {
 	Body   []byte
 }
 
+// prefix is what stands before a frame's header, in bytes: the length of all, the
+// type, the length of the header.
 const prefix = 4 + 1 + 4
 
 // WriteFrame writes one frame. It flushes nothing.

@@ -30,6 +30,8 @@ const (
 	maxStreams = 32       // calls at a time of one connection
 	maxHeaders = 16 << 10 // bytes of a call's headers
 	window     = 64 << 10 // bytes in flight of one call; four times that of a connection
+	// firstLimit is how long a call's first message may take, and how long a
+	// connection may be without calls.
 	firstLimit = 10 * time.Second
 )
 

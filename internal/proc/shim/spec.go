@@ -19,7 +19,7 @@ const Arg = "__shim"
 // directory.
 const (
 	linkFD   = 3
-	maxFiles = 4
+	maxFiles = 4 // descriptors that come with the spec
 )
 
 // ExitFile is the name, in the job's directory, of what a detached job's shim
