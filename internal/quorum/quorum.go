@@ -148,6 +148,7 @@ func (p *plan) target() []ids.Node {
 	}
 	take(func(m Member) bool { return !m.Witness && m.Alive && p.voter(m.ID) })
 	take(func(m Member) bool { return !m.Witness && !m.Missed && p.voter(m.ID) })
+	take(func(m Member) bool { return !m.Witness && m.Alive && m.CaughtUp }) // a dead voter's seat waits for nobody who lags
 	take(func(m Member) bool { return !m.Witness && m.Alive })
 	take(func(m Member) bool { return m.Witness && (m.Alive || !m.Missed && p.voter(m.ID)) })
 	take(func(m Member) bool { return !m.Witness && p.voter(m.ID) }) // missed, and nobody for the seat

@@ -76,6 +76,7 @@ func TestNext(t *testing.T) {
 		{"the witness sits for a missed node", list(1, 2, 4), list(3), "1 2 3w 4!", "add [n3] demote [n4] drop []"},
 		{"not at once", list(1, 2, 4), list(3), "1 2 3w 4-", "nothing"},
 		{"a missed voter is replaced", list(1, 2, 3), list(4), "1 2 3! 4", "add [n4] demote [n3] drop []"},
+		{"its seat waits for nobody who lags", list(1, 2, 3, 4, 5), list(6, 7), "1 2 3 4 5! 6~ 7", "add [n7] demote [n5] drop []"},
 		{"by nobody", list(1, 2, 3), nil, "1 2 3!", "nothing"},
 		{"it comes back", list(1, 2, 4), list(3), "1 2 3 4", "nothing"},
 		{"one of three leaves", list(1, 2, 3), nil, "1 2 3L", "add [] demote [] drop [n3]"},
