@@ -243,11 +243,15 @@ func auditCommand() *cobra.Command {
 	}
 	cmd := &cobra.Command{
 		Use: "audit", Short: "Show who did, or tried, what to the cluster", Args: cobra.NoArgs,
-		Long:    "Show administrative acts and refusals, the oldest first: who, what, on what, and what came\nof it. The record keeps the last 10,000 of each. For administrators.",
-		Example: "  unum audit\n  unum audit --after 200 --json",
+		Long: `Show administrative acts and refusals: who, what, on what, and what came of it. The
+newest 1000 are shown, or as many as --limit says, the oldest of them first. To go on
+where you stopped, name the last SEQ you have seen: --after shows the next ones after
+it, and --after 0 begins with the oldest. The record keeps the last 10,000 acts and
+the last 10,000 refusals. For administrators.`,
+		Example: "  unum audit\n  unum audit --limit 20\n  unum audit --after 200 --json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return asks(cmd, func(ctx context.Context, c *api.Client) error {
-				r, err := c.Record.Audit(ctx, &api.AuditRequest{After: after, Limit: limit})
+				r, err := c.Record.Audit(ctx, &api.AuditRequest{After: after, Limit: limit, Newest: !cmd.Flags().Changed("after")})
 				if err != nil {
 					return err
 				}
@@ -274,8 +278,8 @@ func auditCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().Uint64Var(&after, "after", 0, "only entries after this one")
-	cmd.Flags().Uint32Var(&limit, "limit", 0, "so many at most (0: 1000)")
+	cmd.Flags().Uint64Var(&after, "after", 0, "go on after this entry, 0: begin with the oldest; without it the newest are shown")
+	cmd.Flags().Uint32Var(&limit, "limit", 0, "so many at most (0, or more than 1000: 1000)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	return cmd
 }

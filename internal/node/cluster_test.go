@@ -335,6 +335,14 @@ func TestForgedProposals(t *testing.T) {
 			t.Errorf("%d: the audit has %+v, %v", i, after, err)
 		}
 	}
+	all, err := n1.record.view().Audit(0, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := n1.readHere(ctx, &readRequest{Who: principal.Principal{Node: n1.id}, Audit: &pageQuery{Limit: 2, Newest: true}})
+	if err != nil || len(r.Audit) != 2 || r.Audit[1].Seq < all[len(all)-1].Seq || r.Audit[0].Seq+1 != r.Audit[1].Seq {
+		t.Errorf("the newest two: %+v, %v", r, err)
+	}
 	if _, err := n2.record.do(ctx, record.Command{AddToken: token}); !errs.Has(err, errs.Permission) { // itself, but no administrator
 		t.Error(err)
 	}

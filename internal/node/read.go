@@ -37,8 +37,9 @@ type listQuery struct {
 }
 
 type pageQuery struct {
-	After uint64 `cbor:"1,keyasint,omitempty"`
-	Limit int    `cbor:"2,keyasint,omitempty"`
+	After  uint64 `cbor:"1,keyasint,omitempty"`
+	Limit  int    `cbor:"2,keyasint,omitempty"`
+	Newest bool   `cbor:"3,keyasint,omitempty"` // beyond the limit the older ones are left out, not the newer
 }
 
 // readKey is a record.Key that says its name.
@@ -206,7 +207,11 @@ func (n *Node) readHere(ctx context.Context, q *readRequest) (_ *readReply, err 
 		if limit <= 0 || limit > maxEvents {
 			limit = maxEvents
 		}
-		if r.Audit, err = v.Audit(q.Audit.After, limit); err != nil {
+		page := v.Audit
+		if q.Audit.Newest {
+			page = v.NewestAudit
+		}
+		if r.Audit, err = page(q.Audit.After, limit); err != nil {
 			return nil, err
 		}
 	default:

@@ -138,7 +138,7 @@ func wanted(req *api.WatchRequest, e record.Event) bool {
 }
 
 func (a *recordAPI) Audit(ctx context.Context, req *api.AuditRequest) (*api.AuditResponse, error) {
-	r, err := a.n.ask(ctx, readRequest{Audit: &pageQuery{After: req.After, Limit: int(min(req.Limit, maxEvents))}})
+	r, err := a.n.ask(ctx, readRequest{Audit: &pageQuery{After: req.After, Limit: int(min(req.Limit, maxEvents)), Newest: req.Newest}})
 	if err != nil {
 		return nil, err
 	}

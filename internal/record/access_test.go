@@ -397,6 +397,15 @@ func TestAudit(t *testing.T) {
 	if e := last(); e.On != fmt.Sprintf("user/2000/%d", MaxAudit+9) {
 		t.Fatalf("%+v", e)
 	}
+	if tail, err := r.view().NewestAudit(0, 3); err != nil || len(tail) != 3 || tail[0].Seq != last().Seq-2 || tail[2] != last() {
+		t.Fatalf("the newest three: %+v, %v", tail, err)
+	}
+	if tail, err := r.view().NewestAudit(0, -1); err != nil || len(tail) != 0 {
+		t.Fatalf("the newest none: %+v, %v", tail, err)
+	}
+	if all, err := r.view().NewestAudit(last().Seq-2, 10); err != nil || len(all) != 2 || all[0].Seq != last().Seq-1 {
+		t.Fatalf("the newest after one: %+v, %v", all, err)
+	}
 	if all, err := r.view().Audit(last().Seq-3, 2); err != nil || len(all) != 2 || all[1].Seq != last().Seq-1 {
 		t.Fatalf("%+v %v", all, err)
 	}

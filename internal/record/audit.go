@@ -213,8 +213,20 @@ func (t *txn) takeNote(n *Note) Refusal {
 }
 
 // Audit returns the entries after a sequence number that are kept, in order, at
-// most limit. It does not ask who reads: Rights.Admin says.
-func (v View) Audit(after uint64, limit int) (out []Audit, err error) {
+// most limit: the next ones. It does not ask who reads: Rights.Admin says.
+func (v View) Audit(after uint64, limit int) ([]Audit, error) {
+	all, err := v.audits(after)
+	return all[:min(len(all), max(limit, 0))], err
+}
+
+// NewestAudit is like Audit, but leaves out the older ones where there are more
+// than limit.
+func (v View) NewestAudit(after uint64, limit int) ([]Audit, error) {
+	all, err := v.audits(after)
+	return all[len(all)-min(len(all), max(limit, 0)):], err
+}
+
+func (v View) audits(after uint64) (out []Audit, err error) {
 	defer caught(&err)
 	lo, hi := v.s.key(tagAudit), v.s.key(tagAudit+1)
 	v.s.scan(lo, hi, func(k, val []byte) bool {
@@ -231,7 +243,7 @@ func (v View) Audit(after uint64, limit int) (out []Audit, err error) {
 		}
 		return 1
 	})
-	return out[:min(len(out), max(limit, 0))], nil
+	return out, nil
 }
 
 // time returns the command's cluster time.

@@ -2784,8 +2784,9 @@ func (x *Event) GetRemoved() bool {
 
 type AuditRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"` // seq
-	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"` // 0: 1000
+	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"`   // seq
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`   // 0, or more than 1000: 1000
+	Newest        bool                   `protobuf:"varint,3,opt,name=newest,proto3" json:"newest,omitempty"` // where there are more, the last of them; else the next after "after"
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2832,6 +2833,13 @@ func (x *AuditRequest) GetLimit() uint32 {
 		return x.Limit
 	}
 	return 0
+}
+
+func (x *AuditRequest) GetNewest() bool {
+	if x != nil {
+		return x.Newest
+	}
+	return false
 }
 
 type AuditResponse struct {
@@ -3864,10 +3872,11 @@ const file_unum_proto_rawDesc = "" +
 	"\x05Event\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
 	"\asubject\x18\x02 \x01(\tR\asubject\x12\x18\n" +
-	"\aremoved\x18\x03 \x01(\bR\aremoved\":\n" +
+	"\aremoved\x18\x03 \x01(\bR\aremoved\"R\n" +
 	"\fAuditRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\">\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x16\n" +
+	"\x06newest\x18\x03 \x01(\bR\x06newest\">\n" +
 	"\rAuditResponse\x12-\n" +
 	"\aentries\x18\x01 \x03(\v2\x13.unum.v1.AuditEntryR\aentries\"\xd2\x01\n" +
 	"\n" +

@@ -730,7 +730,7 @@ type RecordClient interface {
 	// caller goes. FAILED_PRECONDITION says that so old ones are not kept: list, and
 	// watch from there.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
-	// Audit gives administrative acts, the oldest first. Administrators only.
+	// Audit gives administrative acts and refusals, the oldest first. Administrators only.
 	Audit(ctx context.Context, in *AuditRequest, opts ...grpc.CallOption) (*AuditResponse, error)
 }
 
@@ -830,7 +830,7 @@ type RecordServer interface {
 	// caller goes. FAILED_PRECONDITION says that so old ones are not kept: list, and
 	// watch from there.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
-	// Audit gives administrative acts, the oldest first. Administrators only.
+	// Audit gives administrative acts and refusals, the oldest first. Administrators only.
 	Audit(context.Context, *AuditRequest) (*AuditResponse, error)
 	mustEmbedUnimplementedRecordServer()
 }
