@@ -173,6 +173,35 @@ func TestInterruptJoin(t *testing.T) {
 	}
 }
 
+// TestInterruptLeave presses Ctrl-C while a command keeps a node from leaving: it
+// is said that the node stays, and it does.
+func TestInterruptLeave(t *testing.T) {
+	t.Parallel()
+	c := up(t, 2)
+	job := strings.TrimSpace(c.must("n1", "UNUM run -d --on n2 sleep 7654322"))
+	cmd := exec.Command(c.bin, "lab", "exec", "--name", c.name, "n2", "--", c.bin, "leave")
+	out := &lines{}
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it waits for the command", 30*time.Second, func() bool { return strings.Contains(out.String(), "for 1 commands") })
+	if got := c.must("n1", "UNUM nodes --json"); !strings.Contains(got, `"leaving"`) {
+		t.Errorf("while it leaves: %s", got)
+	}
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	interrupted(t, "leave", waitFor(t, cmd, out), out)
+	if !strings.Contains(out.String(), "unum: interrupted: this node stays") {
+		t.Errorf("it said %s", out)
+	}
+	if got := c.must("n2", "UNUM nodes --json"); strings.Contains(got, `"leaving"`) {
+		t.Errorf("after that: %s", got)
+	}
+	c.must("n1", "UNUM kill "+job)
+}
+
 // labRemains lists what there is of a lab on this machine.
 func labRemains(name string) []string {
 	out, _ := exec.Command("sh", "-c", strings.ReplaceAll(`

@@ -17,6 +17,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/node"
+	"github.com/unum-os/unum/internal/record"
 )
 
 func leaveCommand() *cobra.Command {
@@ -26,7 +27,7 @@ func leaveCommand() *cobra.Command {
 		Long: `Take this machine out of its cluster in good order. It gets no more commands; when
 those that run here have ended, others have its votes, and every block that it
 has is on the others, the daemon ends and the machine is no node any more. Says
-what is waited for. Ctrl-C before the end: it stays.
+what is waited for. Ctrl-C before the end: it stays, and it is said whether it does.
 
 The last storing node cannot leave: stop it (unum down) and remove its directory.`,
 		Example: "  sudo unum leave",
@@ -45,6 +46,9 @@ The last storing node cannot leave: stop it (unum down) and remove its directory
 						fmt.Fprintf(os.Stderr, "unum: %s\n", m.Text)
 					}
 				}
+				if ctx.Err() != nil {
+					return gaveUp(context.WithoutCancel(ctx), dir)
+				}
 				if !errors.Is(err, io.EOF) {
 					return err
 				}
@@ -57,6 +61,48 @@ The last storing node cannot leave: stop it (unum down) and remove its directory
 // leftLimit bounds what comes after the others have everything: shipping, and
 // the end of all parts.
 const leftLimit = time.Minute
+
+// stayLimit bounds how long is looked what has become of a leaving that was given
+// up: a little longer than the daemon tries to take it back.
+const stayLimit = 12 * time.Second
+
+// gaveUp says, after Ctrl-C, where this node stands. The daemon takes a leaving
+// back for which nobody waits any more, unless it is too late for that.
+func gaveUp(ctx context.Context, dir string) error {
+	ctx, cancel := context.WithTimeout(ctx, stayLimit)
+	defer cancel()
+	for {
+		state, err := ownState(ctx)
+		switch {
+		case state == record.Active.String():
+			fmt.Fprintln(os.Stderr, "unum: interrupted: this node stays in its cluster; unum leave begins anew")
+			return errs.E(errs.Interrupted, "leave", "", "interrupted")
+		case errs.Has(err, errs.Unavailable) && ctx.Err() == nil: // its daemon ends
+			fmt.Fprintln(os.Stderr, "unum: interrupted too late: this node leaves")
+			return awaitLeft(ctx, dir)
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			fmt.Fprintln(os.Stderr, "unum: interrupted: this node is marked as leaving still (unum nodes shows it) and takes no commands: another unum leave waits for it, or no majority answers; unum leave goes on with it")
+			return errs.E(errs.Interrupted, "leave", "", "interrupted")
+		}
+	}
+}
+
+// ownState returns the state of this node as its daemon knows it.
+func ownState(ctx context.Context) (string, error) {
+	st, err := getStatus(ctx)
+	if err != nil {
+		return "", err
+	}
+	for _, m := range st.Members {
+		if m.Id == st.Node {
+			return m.State, nil
+		}
+	}
+	return "", nil
+}
 
 // dataDir returns where the daemon's data are.
 func dataDir(ctx context.Context, c *api.Client) (string, error) {

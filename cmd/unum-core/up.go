@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -378,26 +379,62 @@ func joining(role func() record.Role) *cobra.Command {
 	return cmd
 }
 
-// joinLimit is for how long join tries a node that does not answer, or has no
-// majority, every joinAgain.
 const (
+	// joinLimit is how long a machine that wants to join knocks: longer than an
+	// election there, and than a start of the node it asks.
 	joinLimit = 30 * time.Second
+	// joinAgain is how long it waits between two attempts.
 	joinAgain = 300 * time.Millisecond
+	// joinQuiet is how long it does so without a word.
+	joinQuiet = 2 * time.Second
 )
 
-// join is repeated while the other does not answer yet.
+// join is repeated while the other does not answer yet, and says so when
+// that takes long.
 func join(ctx context.Context, c node.Config, addr, token string) error {
-	ctx, cancel := context.WithTimeout(ctx, joinLimit)
+	return knock(ctx, os.Stderr, joinLimit, joinQuiet, addr, func(ctx context.Context) error { return node.Join(ctx, c, addr, token) })
+}
+
+func knock(ctx context.Context, out io.Writer, limit, quiet time.Duration, addr string, try func(ctx context.Context) error) error {
+	lctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	said := make(chan struct{})
+	tell := time.AfterFunc(quiet, func() {
+		defer close(said)
+		fmt.Fprintf(out, "unum: waiting for %s, which does not answer yet (%v at most; Ctrl-C ends it) ...\n", addr, limit)
+	})
+	defer func() {
+		if !tell.Stop() {
+			<-said // nothing is written after it has returned
+		}
+	}()
 	for {
-		err := node.Join(ctx, c, addr, token)
-		if err == nil || !errs.Has(err, errs.Unavailable) && !errs.Has(err, errs.NoQuorum) || ctx.Err() != nil {
-			return err
+		err := try(lctx)
+		again := errs.Has(err, errs.Unavailable) || errs.Has(err, errs.NoQuorum)
+		if again && lctx.Err() == nil {
+			select {
+			case <-time.After(joinAgain):
+				continue
+			case <-lctx.Done():
+			}
 		}
-		select {
-		case <-time.After(joinAgain):
-		case <-ctx.Done():
-			return err
+		if ctx.Err() == nil && (errs.Has(err, errs.Unavailable) || errs.Has(err, errs.Timeout)) {
+			return silent(err, addr)
 		}
+		return err
 	}
+}
+
+// silent says what to look at when nobody has answered at addr.
+func silent(err error, addr string) error {
+	var e *errs.Error
+	if errors.As(err, &e) && e.Remedy != "" {
+		return err
+	}
+	port := "port 7400"
+	if _, p, err := net.SplitHostPort(addr); err == nil {
+		port = "port " + p
+	}
+	return (&errs.Error{Class: errs.ClassOf(err), Err: err}).
+		WithRemedy("see that this is the address (unum token there prints it), that %s is open to this machine, and that unum status there says healthy", port)
 }
