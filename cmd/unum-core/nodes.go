@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -20,6 +21,8 @@ type nodeJSON struct {
 	Role     string  `json:"role"`
 	State    string  `json:"state"`
 	Alive    bool    `json:"alive"`
+	Silent   float64 `json:"silent_seconds,omitempty"` // how long it has been dead
+	Unheard  bool    `json:"unheard,omitempty"`        // silent since the node that answers started, or longer
 	Mounted  bool    `json:"mounted"`
 	Leads    []int   `json:"leads"`
 	Jobs     int     `json:"jobs"`
@@ -34,6 +37,9 @@ func toJSON(st *api.StatusResponse) []nodeJSON {
 	for _, m := range st.Members {
 		j := nodeJSON{ID: ids.Node(m.Id).String(), Hostname: m.Hostname, Addr: m.Addr, Role: m.Role, State: m.State,
 			Alive: m.Alive, Load: m.LoadPerCpu, CPUs: m.Cpus, Leads: []int{}}
+		if m.Silent != nil {
+			j.Silent, j.Unheard = m.Silent.AsDuration().Seconds(), m.Unheard
+		}
 		if s := m.Self; s != nil {
 			j.Mounted, j.Jobs, j.Free, j.Missing = s.Mounted, int(s.Jobs), s.FreeBytes, int(s.MissingBlocks)
 			for _, g := range s.Groups {
@@ -47,9 +53,18 @@ func toJSON(st *api.StatusResponse) []nodeJSON {
 	return out
 }
 
+// silence is for how long a node has been dead, in few letters.
+func (j *nodeJSON) silence() string {
+	if j.Alive {
+		return "-"
+	}
+	more := map[bool]string{true: ">"}[j.Unheard]
+	return more + time.Duration(j.Silent*float64(time.Second)).Round(time.Second).String()
+}
+
 func table(st *api.StatusResponse) error {
 	w := tabwriter.NewWriter(os.Stdout, 2, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "NODE\tHOST\tADDRESS\tROLE\tSTATE\tALIVE\tTREE\tLEADS\tJOBS\tLOAD/CPU\tDISK FREE")
+	fmt.Fprintln(w, "NODE\tHOST\tADDRESS\tROLE\tSTATE\tALIVE\tSILENT\tTREE\tLEADS\tJOBS\tLOAD/CPU\tDISK FREE")
 	for _, j := range toJSON(st) {
 		leads := "-"
 		if len(j.Leads) > 0 {
@@ -60,7 +75,7 @@ func table(st *api.StatusResponse) error {
 		if j.Role == "store" && j.Alive {
 			tree, jobs, load, free = yes[j.Mounted], fmt.Sprint(j.Jobs), fmt.Sprintf("%.2f", j.Load), fmt.Sprintf("%.1f GiB", float64(j.Free)/(1<<30))
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", j.ID, j.Hostname, j.Addr, j.Role, j.State, yes[j.Alive], tree, leads, jobs, load, free)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", j.ID, j.Hostname, j.Addr, j.Role, j.State, yes[j.Alive], j.silence(), tree, leads, jobs, load, free)
 	}
 	return w.Flush()
 }
@@ -68,7 +83,9 @@ func table(st *api.StatusResponse) error {
 func nodesCommand() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use: "nodes", Short: "List the nodes", Example: "  unum nodes\n  unum nodes --json", Args: cobra.NoArgs,
+		Use: "nodes", Short: "List the nodes",
+		Long:    "List the nodes. SILENT is for how long a node that is not alive has not been heard of;\nwith > since before this node started. A client node that is off is no fault: this is\nwhere it is seen.",
+		Example: "  unum nodes\n  unum nodes --json", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			st, err := getStatus(cmd.Context())
 			if err != nil {

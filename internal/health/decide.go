@@ -42,6 +42,10 @@ type Member struct {
 	Never    bool          // it has not been heard of since this node started
 	// Displaced is the member that answers at its address in its place; 0: none.
 	Displaced ids.Node
+	// Successor is the last member that came after it at its address, which may
+	// have left since; 0: none. The machine may be the same, and then this member
+	// does not come back.
+	Successor ids.Node
 	Free      uint64 // bytes on its disk, as it says
 	Disk      uint64 // size of it; 0: unknown
 }
@@ -163,7 +167,11 @@ func (d *decision) membership() {
 		witness = witness || m.Witness
 	}
 	if storing == 2 && !witness {
-		d.say(TwoNodes, "cluster", "", "with two nodes and no third voter, the death of either stops all changes until it is back")
+		remedy := ""
+		if slices.ContainsFunc(d.in.Groups, func(g Group) bool { return g.Leader == 0 && len(g.Voters) > 0 }) { // a token is a change, too
+			remedy = "see to no-quorum first: nobody can be added until a majority of the voters is up"
+		}
+		d.say(TwoNodes, "cluster", remedy, "with two nodes and no third voter, the death of either stops all changes until it is back")
 	}
 }
 
@@ -174,13 +182,18 @@ func (d *decision) quorum(g Group) {
 	}
 	var missing []string
 	var start []string
-	var lost ids.Node // the last of them
+	var lost ids.Node // the last of the missing
 	for _, v := range g.Voters {
 		if m := d.member(v); !d.alive(v) {
 			lost = v
 			missing = append(missing, m.name()+" "+m.silence())
-			start = append(start, "unum up on "+m.name())
+			if m.Displaced == 0 && m.Successor == 0 {
+				start = append(start, "unum up on "+m.name())
+			}
 		}
+	}
+	if len(start) == 0 {
+		start = []string{"bring back what the missing ones had on their disks"}
 	}
 	alive := len(g.Voters) - len(missing)
 	have := fmt.Sprintf("%s (%s) has no leader: %d of its %d voters are alive", g.subject(), g.Name, alive, len(g.Voters))
@@ -278,11 +291,16 @@ func (d *decision) files() {
 func (d *decision) members() {
 	for _, m := range d.in.Members {
 		if !m.Stores && !m.Witness {
-			continue // clients come and go
+			continue // clients come and go: unum nodes says since when one is away
 		}
 		if !d.alive(m.ID) && m.Displaced != 0 {
 			d.say(MemberDead, m.ID.String(), fmt.Sprintf("unum remove %v, if its disk will not come back; else an address of its own there (unum up --addr)", m.ID),
 				"%s is gone: %v answers at its address", m.name(), m.Displaced)
+			continue
+		}
+		if !d.alive(m.ID) && m.Successor != 0 {
+			d.say(MemberDead, m.ID.String(), fmt.Sprintf("unum remove %v, if its machine has become %v, or its disk will not come back; else unum up there", m.ID, m.Successor),
+				"%s is %s; %v came after it at its address", m.name(), m.silence(), d.member(m.Successor).name())
 			continue
 		}
 		if !d.alive(m.ID) {
@@ -295,8 +313,9 @@ func (d *decision) members() {
 	}
 }
 
-// clocks finds whose clock is wrong: this node's, if it differs from all others
-// and there is more than one of them.
+// clocks finds whose clock is wrong, by majority: this node's, if all others agree
+// that it is, and those of the fewer, if more agree with this node. Of two, and
+// where there is no majority, nobody knows.
 func (d *decision) clocks() {
 	var off []ids.Node
 	for n, by := range d.in.Clocks {
@@ -305,17 +324,24 @@ func (d *decision) clocks() {
 		}
 	}
 	slices.Sort(off)
-	if len(off) > 1 && len(off) == len(d.in.Clocks) {
-		by := make([]time.Duration, 0, len(off))
-		for _, n := range off {
-			by = append(by, d.in.Clocks[n])
-		}
-		slices.Sort(by)
-		d.say(ClockDiffers, d.self(), "", "the clock of %s is %s those of all %d others", d.member(d.in.Self).name(), ahead(-by[len(by)/2]), len(off))
+	here := d.member(d.in.Self).name()
+	by := make([]time.Duration, 0, len(off))
+	for _, n := range off {
+		by = append(by, d.in.Clocks[n])
+	}
+	slices.Sort(by)
+	agree := len(d.in.Clocks) - len(off) + 1 // with this node, itself included
+	if len(off) > 1 && agree == 1 && by[len(by)-1]-by[0] <= ClockApart {
+		d.say(ClockDiffers, d.self(), "", "the clock of %s is %s those of all %d others", here, ahead(-by[len(by)/2]), len(off))
 		return
 	}
 	for _, n := range off {
-		d.say(ClockDiffers, n.String(), "", "the clock of %s is %s that of %s", d.member(n).name(), ahead(d.in.Clocks[n]), d.member(d.in.Self).name())
+		if agree > len(off) {
+			d.say(ClockDiffers, n.String(), "", "the clock of %s is %s that of %s", d.member(n).name(), ahead(d.in.Clocks[n]), here)
+			continue
+		}
+		d.say(ClockDiffers, fmt.Sprintf("%v, %v", d.in.Self, n), "see which of them is wrong (date, on both), set it, and keep both right with an NTP client, such as chrony",
+			"of the clocks of %s and %s one is wrong: the second is %s the first; too few others answer to tell which", here, d.member(n).name(), ahead(d.in.Clocks[n]))
 	}
 }
 

@@ -80,6 +80,14 @@ func TestDecide(t *testing.T) {
 		{"one of three is dead and another could vote", func(in *Input) { in.die(3, time.Minute); in.grow() }, []string{"member-dead n3;"}},
 		{"another is in its place", func(in *Input) { in.die(3, time.Second); in.Members[2].Displaced = 4; in.grow() },
 			[]string{"member-dead n3;n3 (c) is gone: n4 answers at its address;unum remove n3"}},
+		{"another was in its place, and left", func(in *Input) { in.die(3, time.Minute); in.Members[2].Successor = 7; in.grow() },
+			[]string{"member-dead n3;n3 (c) is silent for 1m0s; n7 came after it at its address;unum remove n3, if its machine has become n7"}},
+		{"no quorum of two, and the other is another node now", func(in *Input) {
+			in.shrink(2)
+			in.die(2, 5*time.Second)
+			in.Members[1].Successor = 3
+			in.Groups[0].Leader = 0
+		}, []string{"no-quorum group 1;bring back what the missing ones had on their disks: of two voters both must be up;unum up --without n2", "member-dead n2;", "two-nodes cluster;"}},
 		{"never seen", func(in *Input) { in.die(3, 20*time.Second); in.Members[2].Never = true; in.grow() }, []string{"member-dead n3;not heard of in the 20s since this node started;"}},
 		{"no quorum of three", func(in *Input) {
 			in.die(2, 7*time.Second)
@@ -89,7 +97,7 @@ func TestDecide(t *testing.T) {
 		}, []string{"no-quorum group 2;1 of its 3 voters are alive; n2 (b) silent for 7s; n3 (c) silent for 14s;unum up on n2 (b), or unum up on n3 (c), or see why the network does not reach them; 2 of 3 voters must be up",
 			"no-session n1;no leader;", "member-dead n2;", "member-dead n3;", "no-replacement group 1;", "no-replacement group 1;", "no-replacement group 2;", "no-replacement group 2;"}},
 		{"no quorum of two", func(in *Input) { in.shrink(2); in.die(2, 5*time.Second); in.Groups[0].Leader = 0 },
-			[]string{"no-quorum group 1;1 of its 2 voters are alive; n2 (b) silent for 5s;unum up on n2 (b): of two voters both must be up", "member-dead n2;", "two-nodes cluster;"}},
+			[]string{"no-quorum group 1;1 of its 2 voters are alive; n2 (b) silent for 5s;unum up on n2 (b): of two voters both must be up", "member-dead n2;", "two-nodes cluster;see to no-quorum first"}},
 		{"a voter that is no member any more", func(in *Input) {
 			in.shrink(2)
 			in.Groups[0].Voters = []ids.Node{1, 2, 9}
@@ -140,7 +148,14 @@ func TestDecide(t *testing.T) {
 		{"another's clock is behind", func(in *Input) { in.Clocks[2] = -2 * time.Second }, []string{"clock-differs n2;is 2s behind that of n1 (a);"}},
 		{"one second is not said", func(in *Input) { in.Clocks[2] = -time.Second }, nil},
 		{"this clock", func(in *Input) { in.Clocks[2], in.Clocks[3] = 5*time.Second, 6*time.Second }, []string{"clock-differs n1;clock of n1 (a) is 6s behind those of all 2 others;"}},
-		{"of two nobody knows whose", func(in *Input) { in.shrink(2); in.Clocks[2] = time.Hour }, []string{"clock-differs n2;", "two-nodes cluster;"}},
+		{"of two nobody knows whose", func(in *Input) { in.shrink(2); in.Clocks[2] = time.Hour },
+			[]string{"clock-differs n1, n2;of the clocks of n1 (a) and n2 (b) one is wrong: the second is 1h0m0s ahead of the first;which of them is wrong", "two-nodes cluster;"}},
+		{"of three, of which one is dead, neither", func(in *Input) { in.die(3, 1); in.grow(); in.Clocks[2] = -time.Hour },
+			[]string{"member-dead n3;", "clock-differs n1, n2;the second is 1h0m0s behind the first;"}},
+		{"all three differ", func(in *Input) { in.Clocks[2], in.Clocks[3] = 5*time.Second, -5*time.Second },
+			[]string{"clock-differs n1, n2;5s ahead of the first;", "clock-differs n1, n3;5s behind the first;"}},
+		{"two against two", func(in *Input) { in.grow(); in.Clocks[2], in.Clocks[3], in.Clocks[4] = time.Minute, time.Minute, 0 },
+			[]string{"clock-differs n1, n2;too few others;", "clock-differs n1, n3;"}},
 		{"a long log", func(in *Input) { in.Groups[0].LogBytes = 81 << 20 }, []string{"log-long group 1;has 81 MiB here, 16 are its aim;"}},
 		{"this replica is behind", func(in *Input) { in.Groups[1].Applied -= Behind + 1 }, []string{"replica-behind group 2 on n1;n1 has yet to apply 50001 entries;"}},
 		{"another is behind", func(in *Input) { in.Groups[1].Match[3] = 0 }, []string{"replica-behind group 2 on n3;n3 (c) lacks 1000000 entries;"}},
@@ -174,6 +189,30 @@ func TestDecide(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Nothing is advised that cannot be done: a token is a change, for which a
+// majority is needed; who has become another node does not come up.
+func TestAdviceCanBeTaken(t *testing.T) {
+	in := three()
+	in.shrink(2)
+	in.die(2, time.Minute)
+	in.Groups[0].Leader = 0
+	for _, c := range Decide(in) {
+		if strings.Contains(c.Remedy, "unum token") {
+			t.Errorf("a token without a majority: %+v", c)
+		}
+	}
+	in = three()
+	in.die(2, time.Minute)
+	in.die(3, time.Minute)
+	in.Members[1].Successor, in.Members[2].Displaced = 7, 8
+	in.Groups[0].Leader = 0
+	for _, c := range Decide(in) {
+		if strings.Contains(c.Remedy, "unum up on") {
+			t.Errorf("who has become another is to come up: %+v", c)
+		}
 	}
 }
 

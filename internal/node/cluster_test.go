@@ -14,6 +14,7 @@ import (
 
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/health"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
@@ -205,8 +206,21 @@ func TestClientNode(t *testing.T) {
 	if err := Join(ctx, other, cfg1.Addr, tok); !errs.Has(err, errs.Unauthorized) {
 		t.Fatalf("a client's token makes a storing node: %v", err)
 	}
-	// Its certificate ends while it is off: its key opens the door.
+	// Its certificate ends while it is off: its key opens the door. That it is off
+	// is no fault, and is seen.
+	if m := n1.status(ctx).Members[1]; !m.Alive || m.Silent != nil {
+		t.Errorf("while it is on: %v", m)
+	}
 	stop()
+	await(t, "it is known since when it is off", func() bool {
+		m := n1.status(ctx).Members[1]
+		return !m.Alive && !m.Unheard && m.Silent.AsDuration() > 0
+	})
+	for _, c := range n1.conditions() {
+		if c.Code == health.MemberDead || c.Subject == "n2" {
+			t.Errorf("a client node is off: %+v", c)
+		}
+	}
 	b, err := identity.Load(disk.Real, cfg1.path(fileCAKey))
 	if err != nil {
 		t.Fatal(err)

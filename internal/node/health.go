@@ -24,19 +24,13 @@ import (
 // status, its JSON, health and the metrics. It asks nobody.
 func (n *Node) conditions() []health.Condition {
 	in := health.Input{Self: n.id, Mount: n.cfg.Mount, Certificate: n.holder.NotAfter().Sub(n.cfg.Clock.Wall()), Renewed: renewBefore / 2, Clocks: n.clocks.ahead(), Metrics: n.metrics.Err()}
-	var dead map[ids.Node]time.Duration
-	if n.members != nil {
-		dead = n.members.Dead()
-	}
 	var seats []quorum.Member
 	loads := n.loads.Snapshot(clock.Now())
 	for _, m := range n.current() {
 		x := health.Member{ID: m.ID, Host: m.Hostname, Admitted: m.State != record.Joining, Leaving: m.State == record.Leaving,
 			Stores: m.Role == record.RoleStore, Witness: m.Role == record.RoleWitness, Alive: n.members == nil || n.alive(m.ID)} // a client has no opinion
-		x.Displaced = n.displacer(m.ID)
-		if x.Silent = dead[m.ID]; x.Silent == 0 {
-			x.Silent, x.Never = time.Since(n.began), true
-		}
+		x.Displaced, x.Successor = n.displacer(m.ID), n.successor(m)
+		x.Silent, x.Never = n.silence(m.ID)
 		for _, l := range loads {
 			if l.Node == m.ID {
 				x.Disk, x.Free = l.DiskTotal, l.DiskTotal-min(l.DiskUsed, l.DiskTotal)
@@ -66,6 +60,50 @@ func (n *Node) conditions() []health.Condition {
 	in.Reserve, in.ReserveWhole = n.ballast.left()
 	in.Files, in.MaxFiles = openFiles()
 	return health.Decide(in)
+}
+
+// silence returns for how long a node that is not alive has been silent; never
+// says that it has not been heard of since this node started.
+func (n *Node) silence(p ids.Node) (ago time.Duration, never bool) {
+	if n.members != nil && (*n.known.Load())[p].Role != record.RoleClient {
+		ago = n.members.Dead()[p]
+	} else {
+		ago = n.parted.since(p)
+	}
+	if ago == 0 {
+		return time.Since(n.began), true
+	}
+	return ago, false
+}
+
+// parted is when the last connection with a node was lost, of those with which
+// there is none: gossip has no opinion of client nodes. It has a place for each
+// member at most, for others are let in only to be refused.
+type parted struct {
+	mu sync.Mutex
+	at map[ids.Node]clock.Instant
+}
+
+func (p *parted) note(n ids.Node, up bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.at, n)
+	if !up {
+		if p.at == nil {
+			p.at = map[ids.Node]clock.Instant{}
+		}
+		p.at[n] = clock.Now()
+	}
+}
+
+func (p *parted) since(n ids.Node) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	at, ok := p.at[n]
+	if !ok {
+		return 0
+	}
+	return max(clock.Now().Sub(at), 1)
 }
 
 func (n *Node) groupHealth(g *group.Group) health.Group {

@@ -25,6 +25,8 @@ import (
 	"github.com/unum-os/unum/internal/clock"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/health"
+	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/record"
 )
 
 var update = flag.Bool("update", false, "write the table of docs/metrics.md")
@@ -258,4 +260,23 @@ func TestMetricsAddressTaken(t *testing.T) {
 		c := find(n.conditions(), health.MetricsOff, "n1")
 		return c != nil && c.Severity == health.Warning && strings.Contains(c.Text, "address already in use")
 	})
+}
+
+// TestSuccessor: who came later at the address of a member, and was admitted, is
+// known also when it has left.
+func TestSuccessor(t *testing.T) {
+	n := &Node{id: 1, stir: make(chan struct{}, 1)}
+	list := memberList{Revision: 1}
+	for i, m := range []struct {
+		addr  string
+		state record.State
+	}{{"a:1", record.Active}, {"b:1", record.Active}, {"c:1", record.Active}, {"b:1", record.Left}, {"b:1", record.Joining}, {"c:1", record.Removed}, {"c:1", record.Active}} {
+		list.Members = append(list.Members, record.Member{ID: ids.Node(i + 1), Addr: m.addr, State: m.state})
+	}
+	n.setMembers(list)
+	for p, want := range map[ids.Node]ids.Node{1: 0, 2: 4, 3: 7, 4: 0, 7: 0} {
+		if got := n.successor(list.Members[p-1]); got != want {
+			t.Errorf("after %v came %v, want %v", p, got, want)
+		}
+	}
 }

@@ -89,6 +89,7 @@ type Node struct {
 	clocks     clocks
 	clockEvery time.Duration
 	leaderless map[ids.Group]*leaderless
+	parted     parted
 
 	known     atomic.Pointer[map[ids.Node]record.Member] // the record's members
 	roster    sync.Mutex                                 // over changes of known
@@ -179,6 +180,7 @@ func Open(cfg Config) (n *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
+	n.ep.OnPeer(n.parted.note)
 	ep := n.ep                         // n is nil when this is called
 	undo = append(undo, func() error { // Run with a context that is over releases it
 		ctx, cancel := context.WithCancel(context.Background())
@@ -614,6 +616,17 @@ func (n *Node) displacer(p ids.Node) ids.Node {
 		}
 	}
 	return 0
+}
+
+// successor returns the last member that came after m at its address and was
+// admitted, whether or not it is one still; 0: none.
+func (n *Node) successor(m record.Member) (last ids.Node) {
+	for q, x := range *n.known.Load() {
+		if q > max(m.ID, last) && x.Addr == m.Addr && x.State > record.Joining {
+			last = q
+		}
+	}
+	return last
 }
 
 // current lists the members that belong to the cluster, in order.

@@ -118,7 +118,7 @@ func (n *Node) status(ctx context.Context) *api.StatusResponse {
 			}
 		}
 		if !p.Alive {
-			continue
+			continue // says below for how long
 		}
 		wg.Go(func() {
 			var s Self
@@ -129,7 +129,10 @@ func (n *Node) status(ctx context.Context) *api.StatusResponse {
 	}
 	wg.Wait()
 	for _, p := range st.Members { // asking may have shown that another answers in its place
-		p.Alive = p.Alive && n.alive(ids.Node(p.Id))
+		if p.Alive = p.Alive && n.alive(ids.Node(p.Id)); !p.Alive {
+			ago, never := n.silence(ids.Node(p.Id))
+			p.Silent, p.Unheard = durationpb.New(ago), never
+		}
 	}
 	for _, c := range n.conditions() {
 		st.Conditions = append(st.Conditions, &api.Condition{Code: string(c.Code), Severity: string(c.Severity), Subject: api.Text(c.Subject), Text: api.Text(c.Text), Remedy: api.Text(c.Remedy)})

@@ -698,7 +698,9 @@ type Member struct {
 	Alive         bool                   `protobuf:"varint,6,opt,name=alive,proto3" json:"alive,omitempty"`
 	LoadPerCpu    float64                `protobuf:"fixed64,7,opt,name=load_per_cpu,json=loadPerCpu,proto3" json:"load_per_cpu,omitempty"` // runnable jobs for each CPU
 	Cpus          float64                `protobuf:"fixed64,8,opt,name=cpus,proto3" json:"cpus,omitempty"`
-	Self          *Self                  `protobuf:"bytes,9,opt,name=self,proto3" json:"self,omitempty"` // missing if it does not answer
+	Self          *Self                  `protobuf:"bytes,9,opt,name=self,proto3" json:"self,omitempty"`         // missing if it does not answer
+	Silent        *durationpb.Duration   `protobuf:"bytes,10,opt,name=silent,proto3" json:"silent,omitempty"`    // how long it has been dead; missing if it is alive
+	Unheard       bool                   `protobuf:"varint,11,opt,name=unheard,proto3" json:"unheard,omitempty"` // the asked node has not heard of it since its start, that long ago
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -794,6 +796,20 @@ func (x *Member) GetSelf() *Self {
 		return x.Self
 	}
 	return nil
+}
+
+func (x *Member) GetSilent() *durationpb.Duration {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
+func (x *Member) GetUnheard() bool {
+	if x != nil {
+		return x.Unheard
+	}
+	return false
 }
 
 // Self is what a node says of itself.
@@ -3718,7 +3734,7 @@ const file_unum_proto_rawDesc = "" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x18\n" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x12\n" +
 	"\x04text\x18\x04 \x01(\tR\x04text\x12\x16\n" +
-	"\x06remedy\x18\x05 \x01(\tR\x06remedy\"\xe1\x01\n" +
+	"\x06remedy\x18\x05 \x01(\tR\x06remedy\"\xae\x02\n" +
 	"\x06Member\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12\x12\n" +
@@ -3729,7 +3745,10 @@ const file_unum_proto_rawDesc = "" +
 	"\fload_per_cpu\x18\a \x01(\x01R\n" +
 	"loadPerCpu\x12\x12\n" +
 	"\x04cpus\x18\b \x01(\x01R\x04cpus\x12!\n" +
-	"\x04self\x18\t \x01(\v2\r.unum.v1.SelfR\x04self\"\xb7\x02\n" +
+	"\x04self\x18\t \x01(\v2\r.unum.v1.SelfR\x04self\x121\n" +
+	"\x06silent\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\x06silent\x12\x18\n" +
+	"\aunheard\x18\v \x01(\bR\aunheard\"\xb7\x02\n" +
 	"\x04Self\x12\x18\n" +
 	"\amounted\x18\x01 \x01(\bR\amounted\x12\x18\n" +
 	"\asession\x18\x02 \x01(\bR\asession\x12&\n" +
@@ -4047,87 +4066,88 @@ var file_unum_proto_depIdxs = []int32{
 	12, // 0: unum.v1.StatusResponse.members:type_name -> unum.v1.Member
 	11, // 1: unum.v1.StatusResponse.conditions:type_name -> unum.v1.Condition
 	13, // 2: unum.v1.Member.self:type_name -> unum.v1.Self
-	14, // 3: unum.v1.Self.groups:type_name -> unum.v1.Group
-	65, // 4: unum.v1.Self.uptime:type_name -> google.protobuf.Duration
-	66, // 5: unum.v1.Self.clock:type_name -> google.protobuf.Timestamp
-	65, // 6: unum.v1.TokenRequest.lifetime:type_name -> google.protobuf.Duration
-	0,  // 7: unum.v1.TokenRequest.role:type_name -> unum.v1.Role
-	23, // 8: unum.v1.ConfigResponse.settings:type_name -> unum.v1.Setting
-	1,  // 9: unum.v1.Job.state:type_name -> unum.v1.Job.State
-	66, // 10: unum.v1.Job.start:type_name -> google.protobuf.Timestamp
-	66, // 11: unum.v1.Job.end:type_name -> google.protobuf.Timestamp
-	65, // 12: unum.v1.Job.cpu:type_name -> google.protobuf.Duration
-	24, // 13: unum.v1.ListJobsResponse.jobs:type_name -> unum.v1.Job
-	24, // 14: unum.v1.WaitResponse.job:type_name -> unum.v1.Job
-	35, // 15: unum.v1.GetResponse.key:type_name -> unum.v1.Key
-	35, // 16: unum.v1.ListResponse.keys:type_name -> unum.v1.Key
-	46, // 17: unum.v1.WatchResponse.events:type_name -> unum.v1.Event
-	49, // 18: unum.v1.AuditResponse.entries:type_name -> unum.v1.AuditEntry
-	66, // 19: unum.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
-	50, // 20: unum.v1.ListUsersResponse.users:type_name -> unum.v1.User
-	50, // 21: unum.v1.PutUserRequest.user:type_name -> unum.v1.User
-	65, // 22: unum.v1.InviteRequest.lifetime:type_name -> google.protobuf.Duration
-	50, // 23: unum.v1.LoginResponse.user:type_name -> unum.v1.User
-	66, // 24: unum.v1.LoginResponse.renewable:type_name -> google.protobuf.Timestamp
-	50, // 25: unum.v1.WhoamiResponse.user:type_name -> unum.v1.User
-	66, // 26: unum.v1.WhoamiResponse.expires:type_name -> google.protobuf.Timestamp
-	9,  // 27: unum.v1.Node.Status:input_type -> unum.v1.StatusRequest
-	15, // 28: unum.v1.Node.Healthy:input_type -> unum.v1.HealthyRequest
-	17, // 29: unum.v1.Node.Token:input_type -> unum.v1.TokenRequest
-	19, // 30: unum.v1.Node.Version:input_type -> unum.v1.VersionRequest
-	21, // 31: unum.v1.Node.Config:input_type -> unum.v1.ConfigRequest
-	3,  // 32: unum.v1.Node.Leave:input_type -> unum.v1.LeaveRequest
-	5,  // 33: unum.v1.Node.Remove:input_type -> unum.v1.RemoveRequest
-	7,  // 34: unum.v1.Node.Digest:input_type -> unum.v1.DigestRequest
-	25, // 35: unum.v1.Jobs.List:input_type -> unum.v1.ListJobsRequest
-	27, // 36: unum.v1.Jobs.Kill:input_type -> unum.v1.KillRequest
-	29, // 37: unum.v1.Jobs.Wait:input_type -> unum.v1.WaitRequest
-	31, // 38: unum.v1.Jobs.Logs:input_type -> unum.v1.LogsRequest
-	33, // 39: unum.v1.Jobs.Why:input_type -> unum.v1.WhyRequest
-	36, // 40: unum.v1.Record.Get:input_type -> unum.v1.GetRequest
-	38, // 41: unum.v1.Record.Put:input_type -> unum.v1.PutRequest
-	40, // 42: unum.v1.Record.Delete:input_type -> unum.v1.DeleteRequest
-	42, // 43: unum.v1.Record.List:input_type -> unum.v1.ListRequest
-	44, // 44: unum.v1.Record.Watch:input_type -> unum.v1.WatchRequest
-	47, // 45: unum.v1.Record.Audit:input_type -> unum.v1.AuditRequest
-	51, // 46: unum.v1.Users.List:input_type -> unum.v1.ListUsersRequest
-	53, // 47: unum.v1.Users.Put:input_type -> unum.v1.PutUserRequest
-	55, // 48: unum.v1.Users.Drop:input_type -> unum.v1.DropUserRequest
-	57, // 49: unum.v1.Users.Invite:input_type -> unum.v1.InviteRequest
-	59, // 50: unum.v1.Users.Login:input_type -> unum.v1.LoginRequest
-	61, // 51: unum.v1.Users.Logout:input_type -> unum.v1.LogoutRequest
-	63, // 52: unum.v1.Users.Whoami:input_type -> unum.v1.WhoamiRequest
-	10, // 53: unum.v1.Node.Status:output_type -> unum.v1.StatusResponse
-	16, // 54: unum.v1.Node.Healthy:output_type -> unum.v1.HealthyResponse
-	18, // 55: unum.v1.Node.Token:output_type -> unum.v1.TokenResponse
-	20, // 56: unum.v1.Node.Version:output_type -> unum.v1.VersionResponse
-	22, // 57: unum.v1.Node.Config:output_type -> unum.v1.ConfigResponse
-	4,  // 58: unum.v1.Node.Leave:output_type -> unum.v1.LeaveResponse
-	6,  // 59: unum.v1.Node.Remove:output_type -> unum.v1.RemoveResponse
-	8,  // 60: unum.v1.Node.Digest:output_type -> unum.v1.DigestResponse
-	26, // 61: unum.v1.Jobs.List:output_type -> unum.v1.ListJobsResponse
-	28, // 62: unum.v1.Jobs.Kill:output_type -> unum.v1.KillResponse
-	30, // 63: unum.v1.Jobs.Wait:output_type -> unum.v1.WaitResponse
-	32, // 64: unum.v1.Jobs.Logs:output_type -> unum.v1.LogsResponse
-	34, // 65: unum.v1.Jobs.Why:output_type -> unum.v1.WhyResponse
-	37, // 66: unum.v1.Record.Get:output_type -> unum.v1.GetResponse
-	39, // 67: unum.v1.Record.Put:output_type -> unum.v1.PutResponse
-	41, // 68: unum.v1.Record.Delete:output_type -> unum.v1.DeleteResponse
-	43, // 69: unum.v1.Record.List:output_type -> unum.v1.ListResponse
-	45, // 70: unum.v1.Record.Watch:output_type -> unum.v1.WatchResponse
-	48, // 71: unum.v1.Record.Audit:output_type -> unum.v1.AuditResponse
-	52, // 72: unum.v1.Users.List:output_type -> unum.v1.ListUsersResponse
-	54, // 73: unum.v1.Users.Put:output_type -> unum.v1.PutUserResponse
-	56, // 74: unum.v1.Users.Drop:output_type -> unum.v1.DropUserResponse
-	58, // 75: unum.v1.Users.Invite:output_type -> unum.v1.InviteResponse
-	60, // 76: unum.v1.Users.Login:output_type -> unum.v1.LoginResponse
-	62, // 77: unum.v1.Users.Logout:output_type -> unum.v1.LogoutResponse
-	64, // 78: unum.v1.Users.Whoami:output_type -> unum.v1.WhoamiResponse
-	53, // [53:79] is the sub-list for method output_type
-	27, // [27:53] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	65, // 3: unum.v1.Member.silent:type_name -> google.protobuf.Duration
+	14, // 4: unum.v1.Self.groups:type_name -> unum.v1.Group
+	65, // 5: unum.v1.Self.uptime:type_name -> google.protobuf.Duration
+	66, // 6: unum.v1.Self.clock:type_name -> google.protobuf.Timestamp
+	65, // 7: unum.v1.TokenRequest.lifetime:type_name -> google.protobuf.Duration
+	0,  // 8: unum.v1.TokenRequest.role:type_name -> unum.v1.Role
+	23, // 9: unum.v1.ConfigResponse.settings:type_name -> unum.v1.Setting
+	1,  // 10: unum.v1.Job.state:type_name -> unum.v1.Job.State
+	66, // 11: unum.v1.Job.start:type_name -> google.protobuf.Timestamp
+	66, // 12: unum.v1.Job.end:type_name -> google.protobuf.Timestamp
+	65, // 13: unum.v1.Job.cpu:type_name -> google.protobuf.Duration
+	24, // 14: unum.v1.ListJobsResponse.jobs:type_name -> unum.v1.Job
+	24, // 15: unum.v1.WaitResponse.job:type_name -> unum.v1.Job
+	35, // 16: unum.v1.GetResponse.key:type_name -> unum.v1.Key
+	35, // 17: unum.v1.ListResponse.keys:type_name -> unum.v1.Key
+	46, // 18: unum.v1.WatchResponse.events:type_name -> unum.v1.Event
+	49, // 19: unum.v1.AuditResponse.entries:type_name -> unum.v1.AuditEntry
+	66, // 20: unum.v1.AuditEntry.time:type_name -> google.protobuf.Timestamp
+	50, // 21: unum.v1.ListUsersResponse.users:type_name -> unum.v1.User
+	50, // 22: unum.v1.PutUserRequest.user:type_name -> unum.v1.User
+	65, // 23: unum.v1.InviteRequest.lifetime:type_name -> google.protobuf.Duration
+	50, // 24: unum.v1.LoginResponse.user:type_name -> unum.v1.User
+	66, // 25: unum.v1.LoginResponse.renewable:type_name -> google.protobuf.Timestamp
+	50, // 26: unum.v1.WhoamiResponse.user:type_name -> unum.v1.User
+	66, // 27: unum.v1.WhoamiResponse.expires:type_name -> google.protobuf.Timestamp
+	9,  // 28: unum.v1.Node.Status:input_type -> unum.v1.StatusRequest
+	15, // 29: unum.v1.Node.Healthy:input_type -> unum.v1.HealthyRequest
+	17, // 30: unum.v1.Node.Token:input_type -> unum.v1.TokenRequest
+	19, // 31: unum.v1.Node.Version:input_type -> unum.v1.VersionRequest
+	21, // 32: unum.v1.Node.Config:input_type -> unum.v1.ConfigRequest
+	3,  // 33: unum.v1.Node.Leave:input_type -> unum.v1.LeaveRequest
+	5,  // 34: unum.v1.Node.Remove:input_type -> unum.v1.RemoveRequest
+	7,  // 35: unum.v1.Node.Digest:input_type -> unum.v1.DigestRequest
+	25, // 36: unum.v1.Jobs.List:input_type -> unum.v1.ListJobsRequest
+	27, // 37: unum.v1.Jobs.Kill:input_type -> unum.v1.KillRequest
+	29, // 38: unum.v1.Jobs.Wait:input_type -> unum.v1.WaitRequest
+	31, // 39: unum.v1.Jobs.Logs:input_type -> unum.v1.LogsRequest
+	33, // 40: unum.v1.Jobs.Why:input_type -> unum.v1.WhyRequest
+	36, // 41: unum.v1.Record.Get:input_type -> unum.v1.GetRequest
+	38, // 42: unum.v1.Record.Put:input_type -> unum.v1.PutRequest
+	40, // 43: unum.v1.Record.Delete:input_type -> unum.v1.DeleteRequest
+	42, // 44: unum.v1.Record.List:input_type -> unum.v1.ListRequest
+	44, // 45: unum.v1.Record.Watch:input_type -> unum.v1.WatchRequest
+	47, // 46: unum.v1.Record.Audit:input_type -> unum.v1.AuditRequest
+	51, // 47: unum.v1.Users.List:input_type -> unum.v1.ListUsersRequest
+	53, // 48: unum.v1.Users.Put:input_type -> unum.v1.PutUserRequest
+	55, // 49: unum.v1.Users.Drop:input_type -> unum.v1.DropUserRequest
+	57, // 50: unum.v1.Users.Invite:input_type -> unum.v1.InviteRequest
+	59, // 51: unum.v1.Users.Login:input_type -> unum.v1.LoginRequest
+	61, // 52: unum.v1.Users.Logout:input_type -> unum.v1.LogoutRequest
+	63, // 53: unum.v1.Users.Whoami:input_type -> unum.v1.WhoamiRequest
+	10, // 54: unum.v1.Node.Status:output_type -> unum.v1.StatusResponse
+	16, // 55: unum.v1.Node.Healthy:output_type -> unum.v1.HealthyResponse
+	18, // 56: unum.v1.Node.Token:output_type -> unum.v1.TokenResponse
+	20, // 57: unum.v1.Node.Version:output_type -> unum.v1.VersionResponse
+	22, // 58: unum.v1.Node.Config:output_type -> unum.v1.ConfigResponse
+	4,  // 59: unum.v1.Node.Leave:output_type -> unum.v1.LeaveResponse
+	6,  // 60: unum.v1.Node.Remove:output_type -> unum.v1.RemoveResponse
+	8,  // 61: unum.v1.Node.Digest:output_type -> unum.v1.DigestResponse
+	26, // 62: unum.v1.Jobs.List:output_type -> unum.v1.ListJobsResponse
+	28, // 63: unum.v1.Jobs.Kill:output_type -> unum.v1.KillResponse
+	30, // 64: unum.v1.Jobs.Wait:output_type -> unum.v1.WaitResponse
+	32, // 65: unum.v1.Jobs.Logs:output_type -> unum.v1.LogsResponse
+	34, // 66: unum.v1.Jobs.Why:output_type -> unum.v1.WhyResponse
+	37, // 67: unum.v1.Record.Get:output_type -> unum.v1.GetResponse
+	39, // 68: unum.v1.Record.Put:output_type -> unum.v1.PutResponse
+	41, // 69: unum.v1.Record.Delete:output_type -> unum.v1.DeleteResponse
+	43, // 70: unum.v1.Record.List:output_type -> unum.v1.ListResponse
+	45, // 71: unum.v1.Record.Watch:output_type -> unum.v1.WatchResponse
+	48, // 72: unum.v1.Record.Audit:output_type -> unum.v1.AuditResponse
+	52, // 73: unum.v1.Users.List:output_type -> unum.v1.ListUsersResponse
+	54, // 74: unum.v1.Users.Put:output_type -> unum.v1.PutUserResponse
+	56, // 75: unum.v1.Users.Drop:output_type -> unum.v1.DropUserResponse
+	58, // 76: unum.v1.Users.Invite:output_type -> unum.v1.InviteResponse
+	60, // 77: unum.v1.Users.Login:output_type -> unum.v1.LoginResponse
+	62, // 78: unum.v1.Users.Logout:output_type -> unum.v1.LogoutResponse
+	64, // 79: unum.v1.Users.Whoami:output_type -> unum.v1.WhoamiResponse
+	54, // [54:80] is the sub-list for method output_type
+	28, // [28:54] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_unum_proto_init() }
