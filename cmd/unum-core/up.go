@@ -287,7 +287,7 @@ func upCommand() *cobra.Command {
 				if was, err := node.Exists(c.Dir); err != nil {
 					return err
 				} else if !was && c.Without != 0 {
-					return errs.E(errs.NotFound, "go on alone", c.Dir, "there is no node here").WithRemedy("give its directory by --dir")
+					return errs.E(errs.NotFound, "go on alone", c.Dir, "there is no node here").WithRemedy("give its directory by --dir; where there is none, unum up without --without makes a new cluster, unum join ADDR TOKEN joins one")
 				} else if !was {
 					if err := node.Found(c); err != nil {
 						return err

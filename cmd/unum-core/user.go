@@ -195,6 +195,16 @@ func userInvite() *cobra.Command {
 	var life time.Duration
 	cmd := &cobra.Command{
 		Use: "invite NAME", Short: "Print a token by which a user logs in once from a client node", Args: cobra.ExactArgs(1),
+		Long: `Print a token by which a user of the cluster (unum user add) logs in once from a
+client node. On a storing node root and administrators may invite anybody, a user
+himself. The invited gets the token by a way that others cannot read, and types on
+the client node
+
+  unum login
+
+and then the token, which is read from the terminal or standard input. From then on
+what his local user does there is done as the user of the cluster; unum whoami says
+as whom. A client node is made by unum token --client here and unum join --client there.`,
 		Example: "  unum user invite ana\n  unum user invite --expires 10m ana | ssh laptop unum login",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return asks(cmd, func(ctx context.Context, c *api.Client) error {

@@ -33,6 +33,10 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	return &Client{c: c, path: path}, nil
 }
 
+// RemedyStart is what to type where no daemon runs: this process does not know
+// whether the machine is a node.
+const RemedyStart = "unum up, if this machine is a node; if not, unum up makes a new cluster of it, unum join ADDR TOKEN a node of another's"
+
 // Connect connects to the daemon behind path. Nobody listening is an error of
 // class Unavailable.
 func Connect(ctx context.Context, path string) (*net.UnixConn, error) {
@@ -51,7 +55,7 @@ func Connect(ctx context.Context, path string) (*net.UnixConn, error) {
 		case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
 			return nil, errs.E(errs.Permission, "", "", "the daemon's socket %s is not open to this user", path)
 		}
-		return nil, (&errs.Error{Class: errs.Unavailable, Err: wrapped{why, path}}).WithRemedy("unum up")
+		return nil, (&errs.Error{Class: errs.Unavailable, Err: wrapped{why, path}}).WithRemedy(RemedyStart)
 	}
 	return c.(*net.UnixConn), nil
 }

@@ -391,7 +391,7 @@ func (m *Machine) daemon(context.Context) Finding {
 	switch {
 	case m.Pid == 0 && m.Health == nil:
 		f.Severity, f.OK = Info, false
-		f.Text, f.Effect, f.Remedy = "no daemon is running on this machine", "there is no tree here", "unum up -d"
+		f.Text, f.Effect, f.Remedy = "no daemon is running on this machine", "there is no tree here", "unum up -d, if this machine is a node; if not, unum up -d makes a new cluster of it, unum join -d ADDR TOKEN a node of another's"
 	case m.Health != nil:
 		f.Text, f.Remedy, _ = strings.Cut(m.Health.Error(), "\ntry: ")
 		f.Effect = "the tree may not answer"

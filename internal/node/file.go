@@ -117,7 +117,7 @@ func decodeNodeFile(b []byte) (nodeFile, error) {
 func (c *Config) loadFile() (nodeFile, error) {
 	b, err := identity.Load(c.FS, c.path(fileNode))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nodeFile{}, errs.E(errs.NotFound, "start", c.Dir, "there is no node here").WithRemedy("unum up, or unum join ADDR TOKEN")
+		return nodeFile{}, errs.E(errs.NotFound, "start", c.Dir, "there is no node here").WithRemedy("unum up makes a new cluster, unum join ADDR TOKEN joins one")
 	}
 	if err != nil {
 		return nodeFile{}, errs.Wrap(err, "start", c.Dir)

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
 )
 
@@ -53,7 +54,7 @@ func TestExitCodes(t *testing.T) {
 	}
 	c := r.cmd("run", "true")
 	c.Env = append(os.Environ(), "UNUM_SOCKET=/nonexistent/sock")
-	if got := r.finish(c, nil); got.code != 125 || !strings.Contains(got.err, "try: unum up") {
+	if got := r.finish(c, nil); got.code != 125 || !strings.Contains(got.err, "try: "+control.RemedyStart) {
 		t.Errorf("without a daemon: %+v", got)
 	}
 }

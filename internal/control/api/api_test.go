@@ -257,7 +257,7 @@ func TestErrorsTravel(t *testing.T) {
 
 func TestNoDaemon(t *testing.T) {
 	_, err := Dial(context.Background(), filepath.Join(t.TempDir(), "none"))
-	if !errs.Has(err, errs.Unavailable) || !strings.HasPrefix(err.Error(), "no daemon is running on this machine (socket ") || !strings.HasSuffix(err.Error(), "\ntry: unum up") {
+	if !errs.Has(err, errs.Unavailable) || !strings.HasPrefix(err.Error(), "no daemon is running on this machine (socket ") || !strings.HasSuffix(err.Error(), "\ntry: "+control.RemedyStart) {
 		t.Errorf("%v", err)
 	}
 	// It goes away between two questions, and while one is asked.
@@ -291,7 +291,7 @@ func TestNoDaemon(t *testing.T) {
 			t.Errorf("a handler ended by %v", err)
 		}
 	}
-	if _, err := c.Node.Status(within(t), &StatusRequest{}); !errs.Has(err, errs.Unavailable) || !strings.HasSuffix(err.Error(), "\ntry: unum up") {
+	if _, err := c.Node.Status(within(t), &StatusRequest{}); !errs.Has(err, errs.Unavailable) || !strings.HasSuffix(err.Error(), "\ntry: "+control.RemedyStart) {
 		t.Errorf("%v", err)
 	}
 }

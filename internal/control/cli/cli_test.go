@@ -152,5 +152,5 @@ func TestVerbs(t *testing.T) {
 	check("logs", Logs(ctx, path, &out, &errOut, true, "1"), 0, "out", "err")
 	check("why", Why(ctx, path, &out, &errOut, false, "1"), 0, "because\n", "")
 	code := PS(ctx, "/nonexistent/s", &out, &errOut, false, false)
-	check("no daemon", code, 125, "", "unum: ps: no daemon is running on this machine (socket /nonexistent/s)\ntry: unum up\n")
+	check("no daemon", code, 125, "", "unum: ps: no daemon is running on this machine (socket /nonexistent/s)\ntry: "+control.RemedyStart+"\n")
 }
