@@ -10,7 +10,7 @@ import (
 // layers are the packages from the bottom up, as in docs/architecture.md; those
 // of one line may import each other.
 var layers = [][]string{
-	{"ids", "errs", "health", "wire", "clock", "disk", "metric"},
+	{"ids", "errs", "health", "wire", "clock", "disk", "metric", "need"},
 	{"lease", "sched", "quorum"},
 	{"identity"},
 	{"principal"},

@@ -15,17 +15,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
-)
 
-// required skips a test where something is missing, or fails it where that is
-// not allowed.
-func required(t *testing.T, why string) {
-	t.Helper()
-	if os.Getenv("UNUM_TEST_REQUIRE") != "" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
-}
+	"github.com/unum-os/unum/internal/need"
+)
 
 // first is the package that the tests share.
 var first struct {
@@ -58,7 +50,7 @@ func shared(t *testing.T) string {
 func build(t *testing.T, dir string) string {
 	t.Helper()
 	if _, err := exec.LookPath("dpkg-deb"); err != nil {
-		required(t, "needs dpkg-deb, as on Debian")
+		need.Missing(t, "needs dpkg-deb, as on Debian")
 	}
 	if _, err := os.Stat("../bin/unum"); err != nil {
 		t.Fatalf("%v: make build first", err)
@@ -142,11 +134,9 @@ die() { echo "FAILED: $*"; exit 1; }
 // run runs a script in the copy.
 func run(t *testing.T, deb, script string) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		required(t, "needs root, for a copy of this machine's files")
-	}
+	need.Root(t, "for a copy of this machine's files")
 	if err := exec.Command("dpkg", "-s", "unum").Run(); err == nil {
-		t.Skip("the package is installed on this machine")
+		need.Missing(t, "the package is installed on this machine")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
@@ -158,7 +148,7 @@ func run(t *testing.T, deb, script string) string {
 	out, err := cmd.CombinedOutput()
 	var ee *exec.ExitError
 	if errors.As(err, &ee) && ee.ExitCode() == 77 {
-		required(t, "needs overlayfs: "+string(out))
+		need.Missing(t, "needs overlayfs: %s", out)
 	}
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)

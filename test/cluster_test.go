@@ -13,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/unum-os/unum/internal/need"
 )
 
 // builtBinary is the built unum.
@@ -40,14 +42,7 @@ type cluster struct {
 // UNUM_TEST_REQUIRE set it fails instead.
 func needRoot(t *testing.T) {
 	t.Helper()
-	if os.Geteuid() == 0 {
-		return
-	}
-	const why = "needs root, for namespaces, mounts and loop devices"
-	if os.Getenv("UNUM_TEST_REQUIRE") != "" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
+	need.Root(t, "for namespaces, mounts and loop devices")
 }
 
 // up makes a lab; flags are more of lab up's.

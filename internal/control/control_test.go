@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/need"
 )
 
 func serve(t *testing.T, setup func(*Server)) string {
@@ -191,9 +192,7 @@ func TestClientGone(t *testing.T) {
 }
 
 func TestPeer(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: to be another user")
-	}
+	need.Root(t, "to be another user")
 	var mu sync.Mutex
 	var seen []Cred
 	path := serve(t, func(s *Server) {
@@ -214,9 +213,7 @@ def ask(v):
         n=int.from_bytes(s.recv(4,socket.MSG_WAITALL),'big'); f=s.recv(n,socket.MSG_WAITALL)
         if f[:1] in b'DE': return f
 print(ask(b'who')[:1].decode())`
-	if _, err := exec.LookPath("python3"); err != nil {
-		t.Skip("needs python3")
-	}
+	need.Program(t, "python3")
 	out, err := exec.Command("python3", "-c", script, path).CombinedOutput()
 	if err != nil || string(out) != "D\n" {
 		t.Errorf("another user's request: %q, %v", out, err)

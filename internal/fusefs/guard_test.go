@@ -18,6 +18,7 @@ import (
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/need"
 )
 
 // stuckServer serves dir and, in the same process, makes a call on it that is
@@ -48,9 +49,7 @@ func stuckServer(dir string) error {
 // connection, which happens at the end of the test in any case.
 func newStuck(t *testing.T, env ...string) (*exec.Cmd, *Mount, <-chan struct{}) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	need.Root(t, "to mount")
 	dir := t.TempDir()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), append(env, "FUSEFS_TEST_SERVE="+dir)...)
@@ -73,7 +72,7 @@ func newStuck(t *testing.T, env ...string) (*exec.Cmd, *Mount, <-chan struct{}) 
 	go func() { _ = cmd.Wait(); close(ended) }()
 	if err != nil || perr != nil {
 		<-ended
-		t.Skipf("not mounted: %q", said)
+		need.Missing(t, "not mounted: %q", said)
 	}
 	m := &Mount{minor: uint32(minor)}
 	abort, err := openAbort(m.minor)
@@ -126,9 +125,7 @@ func TestKilledServerHangsUntilAbort(t *testing.T) {
 }
 
 func TestGuardKeepsTheTime(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	need.Root(t, "to mount")
 	dir := t.TempDir()
 	m := New(Config{Dir: dir, Tree: newMemTree(), Guard: true})
 	m.limit = time.Millisecond
@@ -137,7 +134,7 @@ func TestGuardKeepsTheTime(t *testing.T) {
 	select {
 	case err := <-ran:
 		if errs.Has(err, errs.Permission) {
-			t.Skip("mounting is not allowed here")
+			need.Missing(t, "mounting is not allowed here")
 		}
 		if !errs.Has(err, errs.Unavailable) {
 			t.Fatal(err)
@@ -183,7 +180,7 @@ func TestUnmountWithACopyInAnotherNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := cmd.Start(); err != nil {
-		t.Skipf("no mount namespaces: %v", err)
+		need.Missing(t, "no mount namespaces: %v", err)
 	}
 	defer func() {
 		if err := in.Close(); err != nil {

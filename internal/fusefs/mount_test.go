@@ -19,6 +19,7 @@ import (
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/need"
 )
 
 const soon = 30 * time.Second // for what takes no time, on a busy machine
@@ -38,11 +39,9 @@ func up(t testing.TB, tree Tree, change func(*Config)) (*Mount, string) {
 // start also returns what ends the mount and gives Run's error.
 func start(t testing.TB, tree Tree, change func(*Config)) (*Mount, string, func() error) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	need.Root(t, "to mount")
 	if _, err := os.Stat("/dev/fuse"); err != nil {
-		t.Skip("there is no /dev/fuse")
+		need.Missing(t, "there is no /dev/fuse")
 	}
 	dir := t.TempDir()
 	cfg := Config{Dir: dir, Tree: tree, Guard: true, Log: slog.New(slog.NewTextHandler(t.Output(), nil))}
@@ -75,7 +74,7 @@ func start(t testing.TB, tree Tree, change func(*Config)) (*Mount, string, func(
 	case err := <-ran:
 		ran <- nil
 		if errs.Has(err, errs.Permission) {
-			t.Skipf("mounting is not allowed here: %v", err)
+			need.Missing(t, "mounting is not allowed here: %v", err)
 		}
 		t.Fatal(err)
 	}
@@ -260,7 +259,7 @@ func signalled(t *testing.T, b *blocker, sig syscall.Signal, script string, args
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
-		t.Skipf("needs python3: %v", err)
+		need.Missing(t, "needs python3: %v", err)
 	}
 	wait(t, "handler", b.entered)
 	at := time.Now()
@@ -327,7 +326,7 @@ func TestSignalDoesNotBreakCallsThatFinishSoon(t *testing.T) {
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
-		t.Skipf("needs python3: %v", err)
+		need.Missing(t, "needs python3: %v", err)
 	}
 	wait(t, "handler", b.entered)
 	if err := cmd.Process.Signal(syscall.SIGUSR1); err != nil {
@@ -541,15 +540,13 @@ func TestForeignUnmountAndAbortEndRun(t *testing.T) {
 		"abort":  func(m *Mount, _ string) error { return m.Abort() },
 		"control": func(m *Mount, _ string) error {
 			if err := m.abortByControl(); err != nil {
-				t.Skipf("no control file system: %v", err)
+				need.Missing(t, "no control file system: %v", err)
 			}
 			return nil
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if os.Geteuid() != 0 {
-				t.Skip("mounting needs root")
-			}
+			need.Root(t, "to mount")
 			dir := t.TempDir()
 			m := New(Config{Dir: dir, Tree: newMemTree(), Guard: true})
 			m.limit = longest
@@ -558,7 +555,7 @@ func TestForeignUnmountAndAbortEndRun(t *testing.T) {
 			select {
 			case <-m.Ready():
 			case err := <-ran:
-				t.Skipf("not mounted: %v", err)
+				need.Missing(t, "not mounted: %v", err)
 			}
 			if err := f(m, dir); err != nil {
 				t.Fatal(err)
@@ -609,9 +606,7 @@ func TestMountErrors(t *testing.T) {
 	if err := New(Config{Dir: "relative", Tree: newMemTree()}).Run(t.Context()); !errs.Has(err, errs.Invalid) {
 		t.Fatal(err)
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	need.Root(t, "to mount")
 	if err := New(Config{Dir: filepath.Join(t.TempDir(), "absent"), Tree: newMemTree()}).Run(t.Context()); !errs.Has(err, errs.NotFound) {
 		t.Fatal(err)
 	}

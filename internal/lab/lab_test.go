@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/need"
 )
 
 // TestMain lets the test binary be what a lab needs: an init, the command line,
@@ -182,7 +183,7 @@ func testHooks() Hooks {
 func needRoot(t *testing.T) {
 	t.Helper()
 	if err := preflight(); err != nil {
-		t.Skipf("a lab cannot be made here: %v", err)
+		need.Missing(t, "a lab cannot be made here: %v", err)
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/need"
 	"github.com/unum-os/unum/internal/wire"
 )
 
@@ -227,9 +228,7 @@ type rig struct {
 
 func newRig(t testing.TB) *rig {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: jobs are started in namespaces of their own")
-	}
+	need.Root(t, "jobs are started in namespaces of their own")
 	r := &rig{t: t, f: &fabric{nodes: map[ids.Node]*endpoint{}}, reg: &registry{jobs: map[ids.Job]JobRecord{}}, mgrs: map[ids.Node]*Manager{}, dirs: map[ids.Node]string{}}
 	dir, err := os.MkdirTemp("", "unum-rig-")
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/need"
 )
 
 // TestCut: the home's node and the job's are cut off from each other. The job
@@ -144,9 +145,7 @@ func TestHomeStops(t *testing.T) {
 }
 
 func TestMake(t *testing.T) {
-	if _, err := exec.LookPath("make"); err != nil {
-		t.Skip("needs make")
-	}
+	need.Program(t, "make")
 	r := newRig(t)
 	dir := t.TempDir()
 	os.WriteFile(dir+"/Makefile", []byte("all: a b c d\n%:\n\t@echo $@ on $$UNUM_NODE; test $@ != d\n"), 0o644)
@@ -170,12 +169,12 @@ func slowDir(t *testing.T) (dir string, asked <-chan struct{}, answer func()) {
 	t.Helper()
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		t.Skipf("needs /dev/fuse: %v", err)
+		need.Missing(t, "needs /dev/fuse: %v", err)
 	}
 	dir = t.TempDir()
 	if err := unix.Mount("slow", dir, "fuse", unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", fd)); err != nil {
 		unix.Close(fd)
-		t.Skipf("needs FUSE: %v", err)
+		need.Missing(t, "needs FUSE: %v", err)
 	}
 	f := os.NewFile(uintptr(fd), "/dev/fuse")
 	first, open := make(chan struct{}), make(chan struct{})

@@ -18,6 +18,7 @@ import (
 
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/need"
 )
 
 // block makes the i-th block: its bytes and its name follow from i.
@@ -424,12 +425,10 @@ func TestGroupCommit(t *testing.T) {
 }
 
 func TestFullDisk(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to mount a small tmpfs")
-	}
+	need.Root(t, "to mount a small tmpfs")
 	dir := t.TempDir()
 	if err := unix.Mount("unum-test", dir, "tmpfs", 0, "size=16m"); err != nil {
-		t.Skipf("cannot mount a tmpfs: %v", err)
+		need.Missing(t, "cannot mount a tmpfs: %v", err)
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	s := open(t, Config{Dir: filepath.Join(dir, "blocks"), Reserve: 1 << 20})

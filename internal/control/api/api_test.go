@@ -26,6 +26,7 @@ import (
 
 	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
+	"github.com/unum-os/unum/internal/need"
 )
 
 // anotherEnv makes this program a client of the socket it names, under whatever
@@ -443,9 +444,7 @@ func TestPeer(t *testing.T) {
 
 // TestAnotherUser: he may ask, may not administer, and cannot lock others out.
 func TestAnotherUser(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: to be another user")
-	}
+	need.Root(t, "to be another user")
 	d, path, _ := start(t, time.Minute)               // he takes his time
 	self := filepath.Join(filepath.Dir(path), "self") // where he can read it
 	b, err := os.ReadFile("/proc/self/exe")
