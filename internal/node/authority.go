@@ -5,7 +5,11 @@ import (
 	"errors"
 	"io/fs"
 	"slices"
+	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
@@ -32,13 +36,74 @@ type entrustment struct {
 // key: longer than it may take from being entrusted to the vote.
 const keepKeyFor = time.Minute
 
-// loadAuthority reads the authority and holds its key against its certificate.
+// loadAuthority returns the authority, its key held against its certificate.
 func (n *Node) loadAuthority() (*identity.CA, error) {
-	key, err := identity.Load(n.cfg.FS, n.cfg.path(fileCAKey))
+	return n.keyFile.load(time.Now(), n.cfg.FS, n.cfg.path(fileCAKey), n.holder.Trust())
+}
+
+const (
+	// keyReadEvery is how often the key's file is read though nothing says that it
+	// has changed: a disk can forget without telling.
+	keyReadEvery = time.Minute
+	// keySettled is how long a file must have been as it is before its times say
+	// that it is so still: two changes within one tick of the kernel's clock leave
+	// the same times, and the clock may be set back a little meanwhile.
+	keySettled = 2 * time.Second
+)
+
+// keyFile is the authority as it was read last, and from which file: reading and
+// parsing it every second, and at every question, would cost more than all else
+// that an idle node does.
+type keyFile struct {
+	mu sync.Mutex
+	of stamp
+	at time.Time
+	ca *identity.CA // nil: it is to be read
+}
+
+// stamp is what changes when a file does, as far as a file system tells.
+type stamp struct {
+	dev, ino     uint64
+	mode         uint32
+	size         int64
+	mtime, ctime unix.Timespec
+}
+
+// stampOf returns a file's stamp, and since when it has it; not ok if the file
+// system knows none.
+func stampOf(st fs.FileInfo) (s stamp, changed time.Time, ok bool) {
+	x, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		return s, changed, false
+	}
+	changed = time.Unix(x.Ctim.Unix())
+	return stamp{uint64(x.Dev), x.Ino, x.Mode, x.Size, unix.Timespec(x.Mtim), unix.Timespec(x.Ctim)}, changed, true
+}
+
+// load returns what the file has, from memory if it is the same as at the last
+// reading, less than keyReadEvery ago. Errors are never from memory.
+func (k *keyFile) load(now time.Time, d disk.FS, path string, trust *identity.Trust) (*identity.CA, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	st, err := d.Stat(path) // before reading: what changes then has another stamp at the next look
+	if err != nil {
+		k.ca = nil
+		return nil, errs.Wrap(err, "load", path)
+	}
+	of, changed, ok := stampOf(st)
+	if ago := now.Sub(k.at); ok && k.ca != nil && of == k.of && ago >= 0 && ago < keyReadEvery {
+		return k.ca, nil
+	}
+	k.ca = nil
+	key, err := identity.Load(d, path)
 	if err != nil {
 		return nil, err
 	}
-	return identity.ParseCA(n.holder.Trust().CertPEM(), key)
+	ca, err := identity.ParseCA(trust.CertPEM(), key)
+	if err == nil && ok && now.Sub(changed) > keySettled {
+		k.ca, k.of, k.at = ca, of, now
+	}
+	return ca, err
 }
 
 // authority returns the cluster's authority, with which certificates are signed.

@@ -97,6 +97,7 @@ type Node struct {
 	strangers *strangers                                 // that show a good certificate
 	stir      chan struct{}                              // holds one: the steward should look
 	rung      bell                                       // the record has changed
+	keyFile   keyFile                                    // the authority's
 	keyless   atomic.Pointer[error]                      // why this voter cannot sign, if it cannot
 	entrusted atomic.Int64                               // when it was given the authority's key, Unix ns
 	knocks    knocks                                     // on the door, of late
