@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"net"
-	"slices"
 
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
@@ -306,14 +305,12 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 	if _, err := n.record.info(ctx); err != nil { // this replica knows the newest tokens, then
 		return nil, err
 	}
-	token, key := record.TokenID(identity.SecretID(q.Secret)), record.KeyHash(sha256.Sum256(pub))
-	if ok, err := n.invited(token, key); err != nil {
+	add := record.AddMember{Token: record.TokenID(identity.SecretID(q.Secret)), Key: sha256.Sum256(pub),
+		Hostname: q.Hostname, Addr: q.Addr, Role: q.Role, Labels: q.Labels, Now: n.cfg.Clock.Wall().UnixNano()}
+	if err := n.record.view().MayJoin(&add); err != nil {
 		return nil, err
-	} else if !ok {
-		return nil, errs.E(errs.Unauthorized, "", "", "the token is not one of this cluster")
 	}
-	r, err := n.record.do(ctx, record.Command{AddMember: &record.AddMember{Token: token, Key: key,
-		Hostname: q.Hostname, Addr: q.Addr, Role: q.Role, Labels: q.Labels, Now: n.cfg.Clock.Wall().UnixNano()}})
+	r, err := n.record.do(ctx, record.Command{AddMember: &add})
 	if err != nil {
 		return nil, err
 	}
@@ -344,16 +341,4 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 	}
 	reply.Cert, err = ca.Sign(q.CSR, r.Node, identity.Role(reply.Role.String()), n.cfg.Clock.Wall())
 	return reply, err
-}
-
-// invited reports whether the record has heard of the token, or of a member that
-// came by it. Strangers can ask as often as they like: they must not get as far
-// as a proposal.
-func (n *Node) invited(token record.TokenID, key record.KeyHash) (bool, error) {
-	ts, err := n.record.view().Tokens()
-	if err != nil || slices.ContainsFunc(ts, func(t record.Token) bool { return t.ID == token }) {
-		return err == nil, err
-	}
-	ms, err := n.record.view().Members()
-	return slices.ContainsFunc(ms, func(m record.Member) bool { return m.Key == key && m.Token == token }), err
 }

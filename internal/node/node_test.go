@@ -206,19 +206,55 @@ func TestStrangersWriteNothing(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	n, cfg := founded(t)
-	ask := func(secret byte) error {
+	ask := func(secret [16]byte, role record.Role, host string) error {
 		_, csr, err := identity.NewRequest()
 		if err != nil {
 			t.Fatal(err)
 		}
-		q := joinRequest{Secret: [16]byte{secret}, CSR: csr, Hostname: "x", Addr: "127.0.0.1:1"}
+		q := joinRequest{Secret: secret, CSR: csr, Hostname: host, Addr: "127.0.0.1:1", Role: role}
 		_, _, err = rpc.Join(ctx, cfg.Addr, n.holder.Trust().Fingerprint(), wire.MustMarshal(q))
 		return err
 	}
+	// One token is used up, one has expired, one is for another role, one is good.
+	invite := func(life time.Duration, role record.Role) (identity.Token, string) {
+		t.Helper()
+		text, err := n.token(asRoot(ctx, n), 1, life, role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tok, err := identity.ParseToken(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tok, text
+	}
+	used, text := invite(time.Hour, record.RoleClient)
+	ccfg := config(t)
+	ccfg.Role = record.RoleClient
+	if err := Join(ctx, ccfg, cfg.Addr, text); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "it is admitted", func() bool { return (*n.known.Load())[2].State == record.Active })
+	old, _ := invite(time.Nanosecond, record.RoleStore)
+	other, _ := invite(time.Hour, record.RoleClient)
 	before := n.rec.Status().Applied
 	for i := range 20 {
-		if err := ask(byte(i)); !errs.Has(err, errs.Unauthorized) {
-			t.Fatal(err)
+		for _, c := range []struct {
+			secret [16]byte
+			role   record.Role
+			host   string
+			class  errs.Class
+			why    string
+		}{
+			{[16]byte{byte(i)}, 0, "x", errs.Unauthorized, "not one of this cluster"},
+			{used.Secret, 0, "x", errs.Unauthorized, "used up"},
+			{old.Secret, 0, "x", errs.Unauthorized, "has expired"},
+			{other.Secret, record.RoleStore, "x", errs.Unauthorized, "is for role client"},
+			{other.Secret, 0, strings.Repeat("x", record.MaxText+1), errs.TooLarge, "host name"},
+		} {
+			if err := ask(c.secret, c.role, c.host); !errs.Has(err, c.class) || !strings.Contains(err.Error(), c.why) {
+				t.Fatalf("%v, want %q", err, c.why)
+			}
 		}
 	}
 	if after := n.rec.Status().Applied; after != before {
@@ -238,7 +274,7 @@ func TestStrangersWriteNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if ms := n.current(); len(ms) != 2 {
+	if ms := n.current(); len(ms) != 3 {
 		t.Errorf("members: %+v", ms)
 	}
 }

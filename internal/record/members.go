@@ -91,25 +91,43 @@ func (t *txn) dropToken(id TokenID) Refusal {
 	return done
 }
 
-func (t *txn) addMember(c *AddMember) (ids.Node, Refusal) {
+// admission judges a request to join: the member that asked so before, or the token
+// by which it may become one.
+func (s *store) admission(c *AddMember) (was ids.Node, k Token, r Refusal) {
 	if r := checkMember(c.Hostname, c.Addr, c.Labels); r.refused() {
-		return 0, r
+		return 0, k, r
 	}
-	for _, m := range t.members() {
+	for _, m := range s.members() {
 		if m.Key == c.Key && m.Token == c.Token && m.State <= Active {
-			return m.ID, done
+			return m.ID, k, done
 		}
 	}
-	var k Token
 	switch {
-	case !t.load(t.tokenKey(c.Token), &k):
-		return 0, no(errs.Unauthorized, "the token is not one of this cluster")
+	case !s.load(s.tokenKey(c.Token), &k):
+		r = no(errs.Unauthorized, "the token is not one of this cluster")
 	case k.Expires != 0 && c.Now >= k.Expires:
-		return 0, no(errs.Unauthorized, "the token has expired")
+		r = no(errs.Unauthorized, "the token has expired")
 	case k.Uses == 0:
-		return 0, no(errs.Unauthorized, "the token is used up")
+		r = no(errs.Unauthorized, "the token is used up")
 	case c.Role > RoleWitness || c.Role != 0 && c.Role != k.Role && k.Role != RoleStore:
-		return 0, no(errs.Unauthorized, "the token is for role %s, not %s", k.Role, c.Role)
+		r = no(errs.Unauthorized, "the token is for role %s, not %s", k.Role, c.Role)
+	}
+	return 0, k, r
+}
+
+// MayJoin says why the command would be refused as the record is now; nil: it
+// would not be, and is to be proposed. Who asks may be anybody, and as often as he
+// likes: he must not get as far as a proposal.
+func (v View) MayJoin(c *AddMember) (err error) {
+	defer caught(&err)
+	_, _, r := v.s.admission(c)
+	return r.Error("", "")
+}
+
+func (t *txn) addMember(c *AddMember) (ids.Node, Refusal) {
+	was, k, r := t.admission(c)
+	if was != 0 || r.refused() {
+		return was, r
 	}
 	role := c.Role
 	if role == 0 {

@@ -227,15 +227,28 @@ func TestJoining(t *testing.T) {
 	if n := r.must(join(7, 10, 999)).Node; n != 2 {
 		t.Fatalf("node %d", n)
 	}
-	r.refuse(join(9, 11, 1), errs.Unauthorized, "not one of this cluster")
-	r.refuse(join(7, 11, 1000), errs.Unauthorized, "expired")
+	// Who only reads says the same, before and after.
+	refuse := func(c Command, want errs.Class, why string) {
+		t.Helper()
+		if err := r.view().MayJoin(c.AddMember); !errs.Has(err, want) || !strings.Contains(err.Error(), why) {
+			t.Fatalf("a reader: %v, want %q", err, why)
+		}
+		r.refuse(c, want, why)
+	}
+	for _, c := range []Command{join(7, 10, 9999), join(8, 12, 1)} { // the one again, the other for the first time
+		if err := r.view().MayJoin(c.AddMember); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refuse(join(9, 11, 1), errs.Unauthorized, "not one of this cluster")
+	refuse(join(7, 11, 1000), errs.Unauthorized, "expired")
 	c := join(8, 12, 1)
 	c.AddMember.Role = RoleStore
-	r.refuse(c, errs.Unauthorized, "role")
+	refuse(c, errs.Unauthorized, "role")
 	if n := r.must(join(8, 12, 1)).Node; n != 3 {
 		t.Fatalf("node %d", n)
 	}
-	r.refuse(join(8, 13, 1), errs.Unauthorized, "used up")
+	refuse(join(8, 13, 1), errs.Unauthorized, "used up")
 	if n := r.must(join(8, 12, 9999)).Node; n != 3 { // asked again, too late
 		t.Fatalf("node %d", n)
 	}
@@ -265,7 +278,7 @@ func TestJoining(t *testing.T) {
 		t.Fatalf("%+v %v", m, err)
 	}
 	// Its id does not come back, not even to the same machine.
-	r.refuse(join(8, 12, 1), errs.Unauthorized, "used up")
+	refuse(join(8, 12, 1), errs.Unauthorized, "used up")
 	if n := r.must(join(7, 12, 1)).Node; n != 4 {
 		t.Fatalf("node %d", n)
 	}
