@@ -38,6 +38,10 @@ type Config struct {
 	// are asked after the replicas, and sent nothing. Nil: there are none.
 	Holders func() []ids.Node
 
+	// Leaving reports whether this node is to take no blocks any more, because it
+	// leaves and others have its place. Nil: it never is.
+	Leaving func() bool
+
 	// Walk calls yield for every block the volume's metadata names, until it
 	// returns false; a name may come twice. On storing nodes only. It runs in a
 	// goroutine of its own.

@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -34,6 +36,7 @@ type cluster struct {
 	delay    map[ids.Node]time.Duration      // before they do
 	lies     map[ids.Node]bool               // change what they send
 	fails    map[ids.Node]error              // answer this
+	leaving  map[ids.Node]bool               // take no blocks any more
 	calls    map[ids.Node]int                // made to each
 	handlers map[ids.Node]map[string]handler //
 	named    map[volume.BlockName]bool       // by the metadata
@@ -97,7 +100,7 @@ func (e endpoint) Call(ctx context.Context, to ids.Node, method string, req any,
 // newCluster makes n storing nodes and one, number 100, that stores nothing.
 func newCluster(t *testing.T, n int) *cluster {
 	c := &cluster{t: t, nodes: map[ids.Node]*testNode{}, dead: map[ids.Node]bool{}, silent: map[ids.Node]bool{}, delay: map[ids.Node]time.Duration{},
-		lies: map[ids.Node]bool{}, fails: map[ids.Node]error{}, calls: map[ids.Node]int{}, handlers: map[ids.Node]map[string]handler{}, named: map[volume.BlockName]bool{}}
+		lies: map[ids.Node]bool{}, leaving: map[ids.Node]bool{}, fails: map[ids.Node]error{}, calls: map[ids.Node]int{}, handlers: map[ids.Node]map[string]handler{}, named: map[volume.BlockName]bool{}}
 	for i := range n {
 		c.replicas = append(c.replicas, ids.Node(i+1))
 	}
@@ -119,7 +122,16 @@ func newCluster(t *testing.T, n int) *cluster {
 func (c *cluster) client(tn *testNode) *Client {
 	return New(Config{
 		Self: tn.id, RPC: endpoint{c, tn.id}, Local: tn.store, Key: [32]byte{42},
-		Replicas: func() []ids.Node { return c.replicas },
+		Replicas: func() []ids.Node {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return c.replicas
+		},
+		Leaving: func() bool {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return c.leaving[tn.id]
+		},
 		Alive: func(n ids.Node) bool {
 			c.mu.Lock()
 			defer c.mu.Unlock()
@@ -308,6 +320,50 @@ func TestPutWithFewer(t *testing.T) {
 		set(c, c.dead, 3, false) // one full replica of three is not needed
 		c.put(1, data(7, 100))
 	})
+}
+
+// Two of three leave, and a writer does not know yet: they refuse, also what they
+// write themselves, and it waits until it knows who has their places.
+func TestPutFindsNewReplicas(t *testing.T) {
+	for _, writer := range []ids.Node{1, 2, 100} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newCluster(t, 5)
+			c.replicas = []ids.Node{1, 2, 3}
+			set(c, c.leaving, 2, true)
+			set(c, c.leaving, 3, true)
+			if writer == 100 { // nobody tells it
+				began := time.Now()
+				if _, err := c.nodes[writer].Put(t.Context(), data(1, 100)); !errs.Has(err, errs.NoQuorum) || !strings.Contains(err.Error(), "takes no blocks any more") {
+					t.Fatal(err)
+				}
+				if d := time.Since(began); d < 5*time.Second || d > 10*time.Second {
+					t.Fatalf("it gave up after %v", d)
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				if _, err := c.nodes[writer].Put(ctx, data(1, 100)); !errs.Has(err, errs.Timeout) {
+					t.Fatal(err)
+				}
+			}
+			time.AfterFunc(2*time.Second, func() {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				c.replicas = []ids.Node{1, 4, 5}
+			})
+			began := time.Now()
+			name, err := c.nodes[writer].Put(t.Context(), data(2, 100))
+			if err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			if at := c.has(name); !slices.Equal(at, []ids.Node{1, 4, 5}) {
+				t.Errorf("%v put it on %v", writer, at)
+			}
+			if d := time.Since(began); d < 2*time.Second || d > 3*time.Second {
+				t.Errorf("it took %v", d)
+			}
+		})
+	}
 }
 
 func TestCancel(t *testing.T) {

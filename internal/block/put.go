@@ -22,7 +22,26 @@ const maxLate = 16 << 20
 // more. It fails with class NoQuorum when fewer than Need can have it, NoSpace
 // when a needed one is full, TooLarge, or Timeout or Interrupted when ctx ends;
 // the block may be on some replicas then.
+// Where replicas refuse because they leave, and Need is not reached, those that
+// are named next are asked, for as long as one call may take.
 func (c *Client) Put(ctx context.Context, data []byte) (volume.BlockName, error) {
+	began := time.Now()
+	for {
+		name, err := c.putOnce(ctx, data)
+		if !errors.Is(err, errs.Stale.Err()) || time.Since(began) > c.times.call {
+			return name, err
+		}
+		select { // until the change of the voters is known here
+		case <-time.After(c.times.grace):
+		case <-ctx.Done():
+			return name, gaveUp(ctx, "put block", name)
+		}
+	}
+}
+
+// putOnce is Put with the replicas as they are known now. An error that has class
+// Stale in it may be another's when they are asked again.
+func (c *Client) putOnce(ctx context.Context, data []byte) (volume.BlockName, error) {
 	if len(data) > volume.MaxBlock {
 		return volume.BlockName{}, errs.E(errs.TooLarge, "put block", "", "%d bytes, limit %d", len(data), volume.MaxBlock)
 	}
@@ -122,6 +141,9 @@ func (c *Client) late(size int64, left int, cancel func(), wait func()) {
 // putTo stores the block on one replica.
 func (c *Client) putTo(ctx context.Context, n ids.Node, name volume.BlockName, data []byte) error {
 	if n == c.cfg.Self && c.cfg.Local != nil {
+		if err := c.takes(); err != nil {
+			return err
+		}
 		return c.cfg.Local.Put(segment.Name(name), data)
 	}
 	_, err := c.cfg.RPC.Call(ctx, n, MethodPut, nameMsg{name}, data, nil)

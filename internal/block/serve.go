@@ -42,7 +42,20 @@ func (c *Client) servePut(_ context.Context, from ids.Node, req, data []byte) (a
 	if err := wire.Unmarshal(req, &m); err != nil {
 		return nil, nil, err
 	}
+	if err := c.takes(); err != nil {
+		return nil, nil, err
+	}
 	return nil, nil, c.store(m.Name, data, from)
+}
+
+// takes refuses, with class Stale, what is to be kept by a node that keeps nothing
+// any more. A writer that was held up, and knows the replicas as they were, would
+// count a copy that is gone when the block is named.
+func (c *Client) takes() error {
+	if c.cfg.Leaving != nil && c.cfg.Leaving() {
+		return errs.E(errs.Stale, "put block", "", "%v leaves, and others have its place among the storing nodes: it takes no blocks any more", c.cfg.Self)
+	}
+	return nil
 }
 
 // store puts data, which from sent as the block of that name, into the own store.

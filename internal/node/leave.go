@@ -173,6 +173,7 @@ func (n *Node) stay(ctx context.Context, why string) error {
 	if err := n.setState(ctx, record.Active); err != nil {
 		return errs.Wrap(err, "stay in the cluster", n.id.String())
 	}
+	n.unseated.Store(nil)
 	return errs.E(errs.Interrupted, "leave the cluster", n.id.String(), "interrupted while waiting %s; it stays", why)
 }
 
@@ -237,12 +238,17 @@ func (n *Node) holding(ctx context.Context, due *uint64) (string, error) {
 	for _, g := range leaders {
 		if g.Joint || slices.Contains(g.Voters, n.id) || slices.Contains(g.Learners, n.id) {
 			*due = 0
+			n.unseated.Store(nil)
 			return fmt.Sprintf("until others have its place in group %d", g.Group), nil
 		}
 	}
 	if n.disk.Role != record.RoleStore {
 		return "", nil
 	}
+	// From here on this node takes no blocks, and who is refused asks the voters that
+	// are now. Its own replica may never hear of them.
+	voters := leaders[ids.RootGroup].Voters
+	n.unseated.Store(&voters)
 	if jobs := n.manager.Jobs(); len(jobs) > 0 {
 		var list []string
 		for _, j := range jobs {
@@ -250,7 +256,10 @@ func (n *Node) holding(ctx context.Context, due *uint64) (string, error) {
 		}
 		return fmt.Sprintf("for %d commands that run here (unum kill ends one): %s", len(jobs), strings.Join(list[:min(len(list), 10)], " ")), nil
 	}
-	if *due == 0 { // no block that this node was given before is named later
+	if *due == 0 {
+		// What this node had taken and is named up to here, others have before it goes.
+		// What a writer that was held up names later is on a majority of the voters that
+		// were: docs/blocks.md says when that is not enough.
 		*due = max(leaders[ids.RootGroup].Applied, n.root.Status().Applied)
 	}
 	if why := n.missing(leaders, selves, *due); why != "" {

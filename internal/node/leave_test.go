@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/block"
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/health"
@@ -20,6 +21,7 @@ import (
 	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/segment"
 )
 
 // hurt damages the authority's key of the node in cfg.Dir.
@@ -454,4 +456,56 @@ func TestLeavingAgain(t *testing.T) {
 	if err := <-second; err == nil {
 		t.Error("the second was told that the node leaves")
 	}
+}
+
+// TestLeaverTakesNoBlocks: a node that leaves and whose place others have refuses
+// blocks, of a writer that does not know it yet too; what it writes itself goes to
+// the others, though its own replica may not have heard who they are. When it
+// stays after all it takes them again.
+func TestLeaverTakesNoBlocks(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	n2, _, _ := join(t, ctx, n1, record.RoleStore)
+	n3, _, _ := join(t, ctx, n1, record.RoleStore)
+	for _, n := range []*Node{n1, n2, n3} {
+		voters(t, n, 1, 2, 3)
+	}
+	old := block.New(block.Config{Self: n1.id, RPC: n1.ep, Key: n1.volumeKey, Alive: n1.alive, // a writer that was held up
+		Replicas: func() []ids.Node { return []ids.Node{3} }})
+	if _, err := old.Put(ctx, []byte("before")); err != nil {
+		t.Fatal(err)
+	}
+	if err := n3.setState(ctx, record.Leaving); err != nil {
+		t.Fatal(err)
+	}
+	var due uint64
+	await(t, "others have its place", func() bool {
+		_, err := n3.holding(ctx, &due)
+		return err == nil && due > 0
+	})
+	short, stop := context.WithTimeout(ctx, time.Second)
+	defer stop()
+	if _, err := old.Put(short, []byte("after")); !errs.Has(err, errs.Timeout) {
+		t.Errorf("a writer that does not know: %v", err)
+	}
+	if n3.segs.Has(segment.Name(block.NameOf(n1.volumeKey, []byte("after")))) {
+		t.Error("it took a block")
+	}
+	name, err := n3.blocks.Put(ctx, []byte("its own"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []*Node{n1, n2, n3} {
+		if got := n.segs.Has(segment.Name(name)); got != (n != n3) {
+			t.Errorf("%v has it: %v", n.id, got)
+		}
+	}
+	if err := n3.stay(ctx, "in a test"); !errs.Has(err, errs.Interrupted) {
+		t.Fatal(err)
+	}
+	if _, err := old.Put(ctx, []byte("it stays")); err != nil {
+		t.Error(err)
+	}
+	voters(t, n3, 1, 2, 3)
 }

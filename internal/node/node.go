@@ -107,11 +107,12 @@ type Node struct {
 	turn      atomic.Uint64
 	mounted   atomic.Bool
 	departing departing
-	goes      atomic.Bool             // it leaves for good when it stops
-	gone      atomic.Bool             // it has, and the record knows
-	stays     error                   // why it has not; of the part farewell, and of run when that has ended
-	lastLimit time.Duration           // see the constant; tests shorten it
-	end       context.CancelCauseFunc // of Run
+	unseated  atomic.Pointer[[]ids.Node] // of a node that leaves and has no place in the groups any more: the root volume's voters
+	goes      atomic.Bool                // it leaves for good when it stops
+	gone      atomic.Bool                // it has, and the record knows
+	stays     error                      // why it has not; of the part farewell, and of run when that has ended
+	lastLimit time.Duration              // see the constant; tests shorten it
+	end       context.CancelCauseFunc    // of Run
 	began     time.Time
 }
 
@@ -270,7 +271,8 @@ func (n *Node) openStore(undo *[]func() error) (err error) {
 	}
 	*undo = append(*undo, n.segs.Close)
 	n.blocks = block.New(block.Config{Self: n.id, RPC: n.ep, Local: n.segs, Key: n.volumeKey,
-		Replicas: n.storing, Holders: n.holders, Alive: n.members.IsAlive, Walk: n.walkBlocks, Log: n.part("block")})
+		Replicas: n.storing, Holders: n.holders, Alive: n.members.IsAlive, Walk: n.walkBlocks, Log: n.part("block"),
+		Leaving: func() bool { return n.unseated.Load() != nil }})
 	n.ep.Bulk(block.MethodGet) // small questions, large answers
 	n.vice = vice.New(vice.Config{Self: n.id, Group: ids.RootGroup, Replica: n.root,
 		State: vice.NewState(n.host.State(), n.root.Space()), Peers: n.ep, Log: n.part("vice")})
@@ -698,7 +700,11 @@ func (n *Node) witness(p ids.Node) bool {
 // storing lists the nodes that keep the root volume's blocks: its voters but
 // for a witness.
 func (n *Node) storing() []ids.Node {
-	return slices.DeleteFunc(slices.Clone(n.root.Status().Voters), n.witness)
+	voters := n.root.Status().Voters
+	if v := n.unseated.Load(); v != nil {
+		voters = *v
+	}
+	return slices.DeleteFunc(slices.Clone(voters), n.witness)
 }
 
 // holders lists the nodes that may have blocks: all that store.
