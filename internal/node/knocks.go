@@ -3,10 +3,12 @@ package node
 import (
 	"context"
 	"fmt"
+	"path"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/unum-os/unum/internal/control"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/principal"
@@ -183,4 +185,12 @@ func (n *Node) refused(ctx context.Context, about principal.Principal, what stri
 		n.cfg.Log.Warn("a refusal is not in the audit", "what", what, "from", from.String(), "err", err)
 	}
 	return why
+}
+
+// refusedHere tells the audit what the control API has refused to a local process.
+// The audit is written by nodes that store; on others nobody would believe it.
+func (n *Node) refusedHere(who control.Cred, method string, why error) {
+	if n.disk.Role == record.RoleStore {
+		go n.refused(context.Background(), principal.Principal{Node: n.id, UID: n.localUID(who)}, path.Base(method), n.id, why)
+	}
 }

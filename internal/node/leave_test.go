@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/unum-os/unum/internal/block"
+	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/control/api"
 	"github.com/unum-os/unum/internal/disk"
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/health"
@@ -316,6 +318,26 @@ func TestWhoAdministers(t *testing.T) {
 	}
 	if err := n1.Remove(asUser(ctx, 2000), 3, false); err != nil {
 		t.Errorf("removal by the administrator on a storing node: %v", err)
+	}
+}
+
+// What a storing node refuses to its own processes is in the audit, too.
+func TestLocalRefusalsAreInTheAudit(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n, _ := founded(t)
+	who := principal.Principal{Node: n.id, UID: 1000}
+	if _, err := n.read(ctx, readRequest{Who: who, Audit: &pageQuery{}}, nil); !errs.Has(err, errs.Permission) {
+		t.Errorf("reading the audit: %v", err)
+	}
+	n.calls.Refused(control.Cred{UID: 1000}, api.Node_Token_FullMethodName, errs.E(errs.Permission, "", "", "only root may do this"))
+	for _, what := range []string{"read", "Token"} {
+		await(t, what+" is in the audit", func() bool {
+			es, err := n.record.view().Audit(0, 1<<20)
+			return err == nil && slices.ContainsFunc(es, func(e record.Audit) bool {
+				return e.Who == who && e.What == what && e.Err == uint8(errs.Permission)
+			})
+		})
 	}
 }
 

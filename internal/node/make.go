@@ -13,6 +13,7 @@ import (
 	"github.com/unum-os/unum/internal/group"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/principal"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/rpc"
 	"github.com/unum-os/unum/internal/wire"
@@ -307,7 +308,10 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 	}
 	add := record.AddMember{Token: record.TokenID(identity.SecretID(q.Secret)), Key: sha256.Sum256(pub),
 		Hostname: q.Hostname, Addr: q.Addr, Role: q.Role, Labels: q.Labels, Now: n.cfg.Clock.Wall().UnixNano()}
-	if err := n.record.view().MayJoin(&add); err != nil {
+	if given, err := n.record.view().MayJoin(&add); err != nil {
+		if given && errs.Has(err, errs.Unauthorized) { // by somebody who has, or had, a token; whoever guesses writes nothing
+			err = n.refused(ctx, principal.Of(n.id), "join", n.id, err)
+		}
 		return nil, err
 	}
 	r, err := n.record.do(ctx, record.Command{AddMember: &add})

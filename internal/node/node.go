@@ -192,6 +192,7 @@ func Open(cfg Config) (n *Node, err error) {
 	n.ctl, n.calls = control.New(control.Config{Path: cfg.Socket, Log: n.part("control")}), api.NewServer(0)
 	n.ctl.HandleImage()
 	n.ctl.HandleHTTP2(n.calls.Serve)
+	n.calls.Refused = n.refusedHere
 	n.ballast = openBallast(cfg.FS, cfg.path(fileBallast), n.part("ballast"))
 	if n.disk.Role != record.RoleClient {
 		if err := n.openGroups(&undo); err != nil {

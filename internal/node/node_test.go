@@ -237,28 +237,42 @@ func TestStrangersWriteNothing(t *testing.T) {
 	await(t, "it is admitted", func() bool { return (*n.known.Load())[2].State == record.Active })
 	old, _ := invite(time.Nanosecond, record.RoleStore)
 	other, _ := invite(time.Hour, record.RoleClient)
-	before := n.rec.Status().Applied
-	for i := range 20 {
-		for _, c := range []struct {
-			secret [16]byte
-			role   record.Role
-			host   string
-			class  errs.Class
-			why    string
-		}{
+	type attempt struct {
+		secret [16]byte
+		role   record.Role
+		host   string
+		class  errs.Class
+		why    string
+	}
+	wrote := func(times int, list func(i int) []attempt) (entries uint64, took time.Duration) {
+		before, began := n.rec.Status().Applied, time.Now()
+		for i := range times {
+			for _, c := range list(i) {
+				if err := ask(c.secret, c.role, c.host); !errs.Has(err, c.class) || !strings.Contains(err.Error(), c.why) {
+					t.Fatalf("%v, want %q", err, c.why)
+				}
+			}
+		}
+		return n.rec.Status().Applied - before, time.Since(began)
+	}
+	if entries, _ := wrote(20, func(i int) []attempt {
+		return []attempt{
 			{[16]byte{byte(i)}, 0, "x", errs.Unauthorized, "not one of this cluster"},
+			{other.Secret, 0, strings.Repeat("x", record.MaxText+1), errs.TooLarge, "host name"},
+		}
+	}); entries != 0 {
+		t.Errorf("strangers wrote %d entries", entries)
+	}
+	// Who has had a token is told to the audit, and not without end.
+	entries, took := wrote(refusalsAtOnce, func(int) []attempt {
+		return []attempt{
 			{used.Secret, 0, "x", errs.Unauthorized, "used up"},
 			{old.Secret, 0, "x", errs.Unauthorized, "has expired"},
 			{other.Secret, record.RoleStore, "x", errs.Unauthorized, "is for role client"},
-			{other.Secret, 0, strings.Repeat("x", record.MaxText+1), errs.TooLarge, "host name"},
-		} {
-			if err := ask(c.secret, c.role, c.host); !errs.Has(err, c.class) || !strings.Contains(err.Error(), c.why) {
-				t.Fatalf("%v, want %q", err, c.why)
-			}
 		}
-	}
-	if after := n.rec.Status().Applied; after != before {
-		t.Errorf("strangers wrote %d entries", after-before)
+	})
+	if most := refusalsAtOnce + uint64(refusalsPer*took.Seconds()) + 1; entries < 3 || entries > most {
+		t.Errorf("who has had a token wrote %d entries, want 3 to %d", entries, most)
 	}
 	// The same with a token gets in; the reply can be had again.
 	tok, err := n.token(asRoot(ctx, n), 0, 0, 0)

@@ -99,7 +99,7 @@ func (b *bell) ring() {
 // answer.
 func (n *Node) read(ctx context.Context, q readRequest, proof principal.Proof) (*readReply, error) {
 	if n.disk.Role == record.RoleStore {
-		return n.readHere(ctx, &q)
+		return n.readFor(ctx, &q, n.id)
 	}
 	err := error(errs.E(errs.Unavailable, "read the record", "", "no storing node is known"))
 	for _, p := range n.askFirst() {
@@ -122,11 +122,17 @@ func (n *Node) serveRead(ctx context.Context, from ids.Node, req, proof []byte) 
 	if _, err := n.believe(ctx, from, q.Who, proof, "read"); err != nil {
 		return nil, nil, err
 	}
-	r, err := n.readHere(ctx, &q)
+	r, err := n.readFor(ctx, &q, from)
+	return r, nil, err
+}
+
+// readFor is readHere for somebody on from; refusals are told to the audit.
+func (n *Node) readFor(ctx context.Context, q *readRequest, from ids.Node) (*readReply, error) {
+	r, err := n.readHere(ctx, q)
 	if errs.Has(err, errs.Permission) || errs.Has(err, errs.Unauthorized) {
 		err = n.refused(ctx, q.Who, "read", from, err)
 	}
-	return r, nil, err
+	return r, err
 }
 
 // readHere answers from this node's replica. Who asks is proven; what may be

@@ -117,11 +117,12 @@ func (s *store) admission(c *AddMember) (was ids.Node, k Token, r Refusal) {
 
 // MayJoin says why the command would be refused as the record is now; nil: it
 // would not be, and is to be proposed. Who asks may be anybody, and as often as he
-// likes: he must not get as far as a proposal.
-func (v View) MayJoin(c *AddMember) (err error) {
+// likes: he must not get as far as a proposal. It reports whether his token is one
+// that the cluster gave and still has.
+func (v View) MayJoin(c *AddMember) (given bool, err error) {
 	defer caught(&err)
-	_, _, r := v.s.admission(c)
-	return r.Error("", "")
+	_, k, r := v.s.admission(c)
+	return k.ID == c.Token, r.Error("", "")
 }
 
 func (t *txn) addMember(c *AddMember) (ids.Node, Refusal) {

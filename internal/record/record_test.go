@@ -230,13 +230,13 @@ func TestJoining(t *testing.T) {
 	// Who only reads says the same, before and after.
 	refuse := func(c Command, want errs.Class, why string) {
 		t.Helper()
-		if err := r.view().MayJoin(c.AddMember); !errs.Has(err, want) || !strings.Contains(err.Error(), why) {
+		if _, err := r.view().MayJoin(c.AddMember); !errs.Has(err, want) || !strings.Contains(err.Error(), why) {
 			t.Fatalf("a reader: %v, want %q", err, why)
 		}
 		r.refuse(c, want, why)
 	}
 	for _, c := range []Command{join(7, 10, 9999), join(8, 12, 1)} { // the one again, the other for the first time
-		if err := r.view().MayJoin(c.AddMember); err != nil {
+		if _, err := r.view().MayJoin(c.AddMember); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -46,10 +46,11 @@ type daemon struct {
 	UnimplementedJobsServer
 	fail func() error
 
-	mu    sync.Mutex
-	peers []control.Cred
-	hangs chan struct{} // Wait and Logs tell that they hang
-	ended chan error    // and how they ended
+	mu      sync.Mutex
+	peers   []control.Cred
+	refused []string      // uid and method
+	hangs   chan struct{} // Wait and Logs tell that they hang
+	ended   chan error    // and how they ended
 }
 
 func (d *daemon) Status(ctx context.Context, _ *StatusRequest) (*StatusResponse, error) {
@@ -104,6 +105,11 @@ func start(t testing.TB, first time.Duration) (d *daemon, path string, stop func
 	d = &daemon{fail: func() error { return nil }, hangs: make(chan struct{}, 8), ended: make(chan error, 8)}
 	s := control.New(control.Config{Path: path, First: first, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	calls := NewServer(first)
+	calls.Refused = func(who control.Cred, method string, why error) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.refused = append(d.refused, fmt.Sprint(who.UID, " ", method, ": ", errs.ClassOf(why)))
+	}
 	s.HandleHTTP2(calls.Serve)
 	s.Handle("echo", func(_ context.Context, c *control.Conn, req []byte) error { return c.Send(req) })
 	RegisterNodeServer(calls, d)
@@ -492,6 +498,9 @@ a frame: too many connections to the daemon
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if want := fmt.Sprint("1234 ", Node_Token_FullMethodName, ": ", errs.Permission); !slices.Equal(d.refused, []string{want}) {
+		t.Errorf("told of refusals: %q, want %q", d.refused, want)
+	}
 	if him := d.peers[0]; him.UID != 1234 || him.GID != 6 || !slices.Equal(him.Groups, []uint32{7, 8}) || him.PID != cmd.Process.Pid {
 		t.Errorf("%+v", him)
 	}

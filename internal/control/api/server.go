@@ -43,6 +43,10 @@ func init() {
 
 // Server is the daemon's side. Services are registered with it before Serve.
 type Server struct {
+	// Refused is told, before Serve is called set if at all, what was refused to
+	// whom by the table access. It must not wait.
+	Refused func(who control.Cred, method string, why error)
+
 	g    *grpc.Server
 	base context.Context // of Serve, set before it accepts
 }
@@ -109,7 +113,11 @@ func (s *Server) begin(ctx context.Context, method string) (context.Context, con
 		return nil, nil, unknown(ctx, method)
 	}
 	if c := Peer(ctx); r.admin && !c.Root() && int(c.UID) != os.Geteuid() {
-		return nil, nil, errs.E(errs.Permission, "", "", "only root may do this").WithRemedy("%s", r.try)
+		err := errs.E(errs.Permission, "", "", "only root may do this").WithRemedy("%s", r.try)
+		if s.Refused != nil {
+			s.Refused(c, method, err)
+		}
+		return nil, nil, err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(s.base, func() { cancel(errStopping) })
