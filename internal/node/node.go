@@ -164,6 +164,7 @@ func Open(cfg Config) (n *Node, err error) {
 	if err != nil {
 		return nil, err
 	}
+	was := d.Addr
 	if cfg.Addr != "" { // it may have moved
 		if d.Addr, err = address(cfg.Addr, ""); err != nil {
 			return nil, err
@@ -216,6 +217,11 @@ func Open(cfg Config) (n *Node, err error) {
 	n.servePeers()
 	if n.metrics, err = n.newMetrics(); err != nil {
 		return nil, err
+	}
+	if d.Addr != was { // later starts that say none stay there
+		if err := n.disk.change(&n.cfg, func(*nodeFile) {}); err != nil {
+			return nil, err
+		}
 	}
 	return n, nil
 }

@@ -201,6 +201,34 @@ func TestCertificateIsRenewed(t *testing.T) {
 	}
 }
 
+// A node that was given another address keeps it when later starts say none.
+func TestAddressIsKept(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cfg := config(t)
+	if err := Found(cfg); err != nil {
+		t.Fatal(err)
+	}
+	told := func(addr, want string) {
+		t.Helper()
+		c := cfg
+		c.Addr = addr
+		n, stop := start(t, c)
+		defer stop()
+		if n.disk.Addr != want {
+			t.Errorf("it is at %s, want %s", n.disk.Addr, want)
+		}
+		await(t, "the record has its address", func() bool {
+			_, err := n.record.info(ctx)
+			return err == nil && (*n.known.Load())[n.id].Addr == want
+		})
+	}
+	told("", cfg.Addr)
+	moved := config(t).Addr
+	told(moved, moved)
+	told("", moved)
+}
+
 // Who has no token gets nothing into the record's log.
 func TestStrangersWriteNothing(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
