@@ -222,7 +222,8 @@ func TestSurvivorSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
-// A clock that differs is found, from both sides, and forgotten with its node.
+// Clocks that differ are found, from both sides, and forgotten with the node; of
+// two none is accused.
 func TestClockDiffers(t *testing.T) {
 	n1, n2, stop := pair(t, func(n *Node) {
 		n.clockEvery = 20 * time.Millisecond
@@ -240,8 +241,8 @@ func TestClockDiffers(t *testing.T) {
 			return c != nil && strings.Contains(c.Text, how) && (strings.Contains(c.Text, "1h0m0s") || strings.Contains(c.Text, "59m59.9s"))
 		}
 	}
-	await(t, "n1 says that n2 is ahead", said(n1, "n2", "ahead of"))
-	await(t, "n2 says that n1 is behind", said(n2, "n1", "behind"))
+	await(t, "n1 says that the clocks differ", said(n1, "n1, n2", "the second is"))
+	await(t, "n2 says that n1's is behind its own", said(n2, "n2, n1", "behind the first"))
 	stop()
 	await(t, "n1 forgets it", func() bool { return len(n1.clocks.ahead()) == 0 })
 }
