@@ -372,7 +372,9 @@ What a person may choose is no constant but a setting or a flag: the settings, w
 file of cmd/unum-core, "--help" prints their defaults. Exit codes are in docs/commands.md, formats and their versions in docs/node.md.
 
 A value is as written in the code: "<< 10", "<< 20" and "<< 30" make KiB, MiB and GiB where it counts bytes. Packages
-are in the order of docs/architecture.md. What belongs together has one comment, and says the same in each line. Not here:
+are in the order of docs/architecture.md, files are those of the package. One name may stand in several packages and mean another
+thing in each ("maxWait" is one of vice, for leases, and one of node, for changes), so search by what it does, too: "grep -n -i lease docs/limits.md".
+What belongs together has one comment, and says the same in each line. Where a line names other limits, look at these before you change it. Not here:
 numbers of messages, flags, states and keys; and pauses of a fraction of a second between two looks, which stand where they are made.
 `
 

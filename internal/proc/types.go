@@ -129,7 +129,7 @@ type Registry interface {
 // home kills the job leaseTerm after it last asked successfully; the home gives
 // up silence later than that, and tells its caller within five seconds in all.
 const (
-	leaseTerm = 3 * time.Second        // an attached job's life after its node last asked its home with success
+	leaseTerm = 3 * time.Second        // an attached job's life after its node last asked its home with success; shorter than any node's silence
 	leaseBeat = 500 * time.Millisecond // between two such questions
-	silence   = 4 * time.Second        // how long a node may be silent until the home gives its jobs up
+	silence   = 4 * time.Second        // how long a node may be silent until the home gives its jobs up; longer than any node's leaseTerm
 )

@@ -9,9 +9,9 @@ import (
 )
 
 // Term is how long a session lasts after its last renewal was received, on the
-// leader's clock. A client counts ClientTerm from when it sent the renewal, on
-// its own: the difference pays for clocks that run at different speeds (P5
-// assumes drift below 10 %).
+// leader's clock, and is the same on all nodes. A client counts ClientTerm from
+// when it sent the renewal, on its own, the same on all nodes: it is a tenth below
+// Term, for clocks that run at different speeds (P5 assumes drift below 10 %).
 const (
 	Term       = 5 * time.Second
 	ClientTerm = 4500 * time.Millisecond

@@ -18,17 +18,18 @@ import (
 
 const (
 	// recallPatience is how long a recall may go unanswered before its session is
-	// no longer renewed. A healthy client answers in milliseconds; one that has to
-	// ship 64 MiB first to disks that others keep busy needs seconds, and must not
-	// lose what it ships. With Term it stays below maxWait.
+	// no longer renewed; with Term and expireTick it stays below maxWait. A healthy
+	// client answers in milliseconds; one that has to ship 64 MiB first to disks that
+	// others keep busy needs seconds, and must not lose what it ships.
 	recallPatience = 5 * time.Second
-	// expiryMargin is added to Term before a new leader ends a silent session.
+	// expiryMargin is added to Term before a new leader ends a silent session, whose
+	// client has stopped by then: it counts ClientTerm.
 	expiryMargin = 250 * time.Millisecond
 	// expireTick is how often there is looked for clients that have not renewed: a
 	// small part of what was waited for them already.
 	expireTick = 500 * time.Millisecond
 	// maxWait bounds how long a request may wait for leases: longer than it takes
-	// to end a silent session.
+	// to end a silent session, which is recallPatience, Term and expireTick.
 	maxWait = 12 * time.Second
 	// listingPage is the most entries in one answer.
 	listingPage = volume.MaxListing - 1
