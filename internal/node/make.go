@@ -247,7 +247,7 @@ func (n *Node) finishFounding(ctx context.Context) error {
 		return errs.E(errs.Corrupt, "found", n.cfg.path(fileNode), "cluster id %q", n.disk.Cluster)
 	}
 	init := record.Init{Name: "unum", CACert: n.holder.Trust().CertPEM(),
-		Hostname: n.cfg.Hostname, Addr: n.disk.Addr, Key: sha256.Sum256(pub), Now: n.cfg.Clock.Wall().UnixNano()}
+		Hostname: n.cfg.Hostname, Addr: n.disk.Addr, Labels: n.cfg.Labels, Key: sha256.Sum256(pub), Now: n.cfg.Clock.Wall().UnixNano()}
 	copy(init.ClusterID[:], id)
 	if _, err := n.record.do(ctx, record.Command{Init: &init}); err != nil && !errs.Has(err, errs.Exists) {
 		return err

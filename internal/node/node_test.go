@@ -201,11 +201,13 @@ func TestCertificateIsRenewed(t *testing.T) {
 	}
 }
 
-// A node that was given another address keeps it when later starts say none.
+// A node that was given another address keeps it when later starts say none; the
+// first one's labels are in the record as any other's.
 func TestAddressIsKept(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cfg := config(t)
+	cfg.Labels = map[string]string{"place": "attic"}
 	if err := Found(cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +222,8 @@ func TestAddressIsKept(t *testing.T) {
 		}
 		await(t, "the record has its address", func() bool {
 			_, err := n.record.info(ctx)
-			return err == nil && (*n.known.Load())[n.id].Addr == want
+			m := (*n.known.Load())[n.id]
+			return err == nil && m.Addr == want && m.Labels["place"] == "attic"
 		})
 	}
 	told("", cfg.Addr)
