@@ -374,7 +374,8 @@ file of cmd/unum-core, "--help" prints their defaults. Exit codes are in docs/co
 A value is as written in the code: "<< 10", "<< 20" and "<< 30" make KiB, MiB and GiB where it counts bytes. Packages
 are in the order of docs/architecture.md, files are those of the package. One name may stand in several packages and mean another
 thing in each ("maxWait" is one of vice, for leases, and one of node, for changes), so search by what it does, too: "grep -n -i lease docs/limits.md".
-What belongs together has one comment, and says the same in each line. Where a line names other limits, look at these before you change it. Not here:
+What belongs together has one comment, and says the same in each line. Where a line names other limits, look at these before you change it.
+Those of internal/record and internal/volume are part of a replicated machine: docs/record.md, "How to add a command", says what that means. Not here:
 numbers of messages, flags, states and keys; and pauses of a fraction of a second between two looks, which stand where they are made.
 `
 

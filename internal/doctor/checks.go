@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/unum-os/unum/internal/health"
 )
 
 func (m *Machine) settings(context.Context) Finding {
@@ -252,7 +254,7 @@ func (m *Machine) criu(ctx context.Context) Finding {
 // maxOffset is how far clocks may be apart. Nothing decides by the time of day
 // but certificates, which have a day of grace, and what people read: times of
 // files and make.
-const maxOffset = time.Second
+const maxOffset = health.ClockApart
 
 func (m *Machine) clock(context.Context) []Finding {
 	f := Finding{Code: "clock", Severity: Wanted, Effect: "times of files differ between nodes, so make may do too much or too little; more than a day off, certificates are refused",
