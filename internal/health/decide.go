@@ -105,6 +105,7 @@ type Input struct {
 	Files, MaxFiles       uint64
 	Metrics               error // why they cannot be read
 	Keyless               error // why this voter cannot sign
+	Removed               error // what others say when this node asks whether it is a member, if it is none
 }
 
 // Decide returns the conditions that hold, the most severe first.
@@ -156,7 +157,9 @@ func (d *decision) alive(n ids.Node) bool { return n == d.in.Self || d.member(n)
 
 // membership is about this node's place in the cluster.
 func (d *decision) membership() {
-	if !d.member(d.in.Self).Admitted {
+	if d.in.Removed != nil {
+		d.say(Removed, d.self(), "", "%v is no member any more: %s", d.in.Self, words(d.in.Removed))
+	} else if !d.member(d.in.Self).Admitted {
 		d.say(NotAdmitted, d.self(), "", "%v is not admitted to the cluster yet", d.in.Self)
 	}
 	storing, witness := 0, false

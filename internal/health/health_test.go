@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 )
 
@@ -108,6 +109,10 @@ func TestDecide(t *testing.T) {
 		{"an election", func(in *Input) { in.Groups[1].Leader = 0 }, []string{"no-quorum group 2;electing;wait"}},
 		{"an election without end", func(in *Input) { in.Groups[1].Leader, in.Groups[1].Leaderless = 0, time.Minute },
 			[]string{"no-quorum group 2;elected none for 1m0s;reach each other both ways"}},
+		{"removed", func(in *Input) {
+			in.Members[0].Admitted = false
+			in.Removed = errs.E(errs.Unauthorized, "renew certificate", "n1", "it has been removed from the cluster").WithRemedy("x")
+		}, []string{"removed n1;it has been removed from the cluster;data directory"}},
 		{"just joined", func(in *Input) {
 			in.Members[0].Admitted, in.Session, in.Mounted, in.Leader = false, false, false, 0
 			in.Groups = []Group{{ID: 1}, {ID: 2}}

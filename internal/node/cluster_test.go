@@ -22,7 +22,7 @@ import (
 )
 
 // join makes another node of n's cluster and starts it.
-func join(t *testing.T, ctx context.Context, n *Node, role record.Role) (*Node, Config, func()) {
+func join(t *testing.T, ctx context.Context, n *Node, role record.Role, change ...func(*Node)) (*Node, Config, func()) {
 	t.Helper()
 	tok, err := n.token(asRoot(ctx, n), 0, 0, 0)
 	if err != nil {
@@ -33,7 +33,7 @@ func join(t *testing.T, ctx context.Context, n *Node, role record.Role) (*Node, 
 	if err := Join(ctx, cfg, n.cfg.Addr, tok); err != nil {
 		t.Fatal(err)
 	}
-	m, stop := start(t, cfg)
+	m, stop := start(t, cfg, change...)
 	return m, cfg, stop
 }
 

@@ -54,6 +54,9 @@ func (n *Node) conditions() []health.Condition {
 		in.Stores, in.Session, in.Mounted = true, n.venus.Ready(), n.mounted.Load()
 		in.Missing, in.MissingFor = n.blocks.MissingFor()
 	}
+	if err := n.outcast.Load(); err != nil {
+		in.Removed = *err
+	}
 	if err := n.keyless.Load(); err != nil {
 		in.Keyless = *err
 	}

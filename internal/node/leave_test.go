@@ -359,7 +359,7 @@ func TestRemovalByForce(t *testing.T) {
 	if err := n1.Remove(asRoot(ctx, n1), 2, true); !errs.Has(err, errs.NoQuorum) {
 		t.Fatalf("one of two: %v", err)
 	}
-	n3, _, _ := join(t, ctx, n1, record.RoleStore)
+	n3, _, _ := join(t, ctx, n1, record.RoleStore, func(n *Node) { n.grace = time.Second })
 	for _, n := range []*Node{n1, n2, n3} {
 		settled(t, n, 3)
 		voters(t, n, 1, 2, 3)
@@ -382,6 +382,10 @@ func TestRemovalByForce(t *testing.T) {
 		t.Errorf("it is believed: %v", err)
 	}
 	voters(t, n1, 1, 2)
+	await(t, "it knows that it is out", func() bool {
+		c := find(n3.conditions(), health.Removed, "n3")
+		return c != nil && strings.Contains(c.Text, "removed from the cluster")
+	})
 }
 
 // The authority's key stays on a node that was given it for a vote to come, and goes

@@ -98,6 +98,7 @@ type Node struct {
 	stir      chan struct{}                              // holds one: the steward should look
 	rung      bell                                       // the record has changed
 	keyFile   keyFile                                    // the authority's
+	outcast   atomic.Pointer[error]                      // what others said when this node asked whether it is a member, if it is none
 	keyless   atomic.Pointer[error]                      // why this voter cannot sign, if it cannot
 	entrusted atomic.Int64                               // when it was given the authority's key, Unix ns
 	knocks    knocks                                     // on the door, of late

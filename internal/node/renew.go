@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"time"
@@ -95,6 +96,7 @@ func (n *Node) renew(ctx context.Context) error {
 func (n *Node) renewAtTheDoor(ctx context.Context, csr []byte) ([]byte, error) {
 	q := wire.MustMarshal(joinRequest{CSR: csr, Renew: n.id})
 	err := error(errs.E(errs.Unavailable, "renew certificate", n.id.String(), "no other node is known"))
+	var refused error // by one; another may know more
 	for _, p := range n.askFirst() {
 		addr, ok := n.resolve(p)
 		if !ok || p == n.id {
@@ -105,6 +107,9 @@ func (n *Node) renewAtTheDoor(ctx context.Context, csr []byte) ([]byte, error) {
 			return nil, err
 		}
 		if err != nil {
+			if errs.Has(err, errs.Unauthorized) {
+				refused = err
+			}
 			continue
 		}
 		var r joinReply
@@ -112,7 +117,7 @@ func (n *Node) renewAtTheDoor(ctx context.Context, csr []byte) ([]byte, error) {
 			return r.Cert, nil
 		}
 	}
-	return nil, err
+	return nil, cmp.Or(refused, err)
 }
 
 // serveRenew signs for a member the key with which it joined.

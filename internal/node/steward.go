@@ -35,6 +35,9 @@ const (
 	// moveLimit bounds the telling of the record that this node's address or host
 	// name has changed.
 	moveLimit = 5 * time.Second
+	// doorLimit bounds the question at the others' doors whether this node is a
+	// member still, which one that hears of nobody asks once in a grace.
+	doorLimit = 10 * time.Second
 )
 
 // steward brings the voters of the groups that this node leads into line with
@@ -75,6 +78,7 @@ type steward struct {
 	silent  map[ids.Node]time.Time // since when
 	renewed time.Time              // when last tried, by the clock that does not jump
 	keys    guardian
+	asked   time.Time // at the others' doors, when last
 }
 
 // look does what is due and reports whether there may soon be more.
@@ -91,6 +95,7 @@ func (s *steward) look(ctx context.Context) bool {
 			s.silent[m.ID] = time.Now()
 		}
 	}
+	s.wonder(ctx, members)
 	busy := false
 	for _, g := range n.groups() {
 		if !g.IsLeader() {
@@ -110,6 +115,34 @@ func (s *steward) look(ctx context.Context) bool {
 		}
 	}
 	return busy
+}
+
+// wonder has a node that has not heard of anybody for a grace ask why, as a
+// machine without a certificate: if it was removed, the others end its connections
+// without a word.
+func (s *steward) wonder(ctx context.Context, members []record.Member) {
+	n, others := s.n, 0
+	for _, m := range members {
+		if m.ID == n.id {
+			continue
+		}
+		if others++; s.silent[m.ID].IsZero() {
+			n.outcast.Store(nil)
+			return
+		}
+		if time.Since(s.silent[m.ID]) < n.grace {
+			return
+		}
+	}
+	if others == 0 || time.Since(s.asked) < n.grace {
+		return
+	}
+	s.asked = time.Now()
+	ctx, cancel := context.WithTimeout(ctx, doorLimit)
+	defer cancel()
+	if err := n.askAtTheDoor(ctx); errs.Has(err, errs.Unauthorized) && n.outcast.Swap(&err) == nil {
+		n.cfg.Log.Error("this node is no member any more", "err", err)
+	}
 }
 
 // putOut has the node without which this one was told to go on removed, and
