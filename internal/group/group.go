@@ -51,6 +51,7 @@ type Status struct {
 	Joint           bool                  // a change of voters is under way, or on a leader, a majority of them may not know it
 	Progress        map[ids.Node]Progress // of a leader; some ticks old
 	Witness         bool                  // this replica is a witness: as a leader it serves nobody, and hands over
+	Contradicts     ids.Node              // who has other entries committed than this replica, since the start; 0: nobody
 	Needs           []ids.Node            // of a witness that leads and cannot hand over: one of these must come back
 }
 

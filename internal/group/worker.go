@@ -237,33 +237,80 @@ func (w *worker) handle(e *event) {
 // maxLacking is how many heartbeats in a row may speak of entries that are not
 // here before the log has lost them: one or two may be late, from before this
 // replica began anew.
-const maxLacking = 10
+const maxLacking = 3
 
 // acceptable refuses messages that a sound peer would not send to a sound
 // replica, and appends when too much waits to be applied.
 func (w *worker) acceptable(g *Group, m *pb.Message) bool {
 	switch m.GetType() {
 	case pb.MsgApp:
-		return len(m.Entries) == 0 || w.h.backlog.Load() < maxBacklog
-	case pb.MsgHeartbeat:
-		if m.GetCommit() > g.log.last && g.parked == nil {
-			if m.GetTerm() >= g.rn.BasicStatus().GetTerm() {
-				g.lacking++
-			}
-			if g.lacking > maxLacking {
-				w.damage = w.lost(g, m)
-			}
+		if w.contradicts(g, m) {
 			return false
 		}
-		g.lacking = 0
+		return len(m.Entries) == 0 || w.h.backlog.Load() < maxBacklog
+	case pb.MsgHeartbeat:
+		if m.GetCommit() <= g.log.last || g.parked != nil {
+			g.lacking = 0
+			return true
+		}
+		b := g.rn.BasicStatus()
+		if m.GetTerm() >= b.GetTerm() {
+			g.lacking++
+		}
+		if g.lacking > maxLacking {
+			w.damage = w.lost(g, m)
+			return false
+		}
+		// The leader is heard, so that nobody is elected meanwhile; what it says of
+		// the log is not believed, for the log's end may be what it was long ago.
+		m.Commit = new(b.GetCommit())
+	case pb.MsgVote, pb.MsgPreVote, pb.MsgVoteResp, pb.MsgPreVoteResp, pb.MsgTimeoutNow:
+		return g.lacking == 0 // else this one might elect, or be, who lacks what is committed
 	case pb.MsgAppResp:
-		return m.GetIndex() <= g.log.last && m.GetRejectHint() <= g.log.last // or it is of an earlier leader's entries
+		if m.GetIndex() <= g.log.last && m.GetRejectHint() <= g.log.last {
+			return true
+		}
+		if m.GetTerm() == g.rn.BasicStatus().GetTerm() { // else it is of an earlier leader's entries
+			w.differ(g, m)
+		}
+		return false
 	case pb.MsgReadIndex:
 		// Raft would pass it on in its sender's name, which the leader refuses,
 		// and with it all that this node has to say. The sender asks again.
 		return g.rn.BasicStatus().RaftState == raft.StateLeader && !g.out() // raft would not ask the only voter left
 	}
 	return true
+}
+
+// contradicts reports whether a leader has another entry where this replica has a
+// committed one, which raft makes impossible: what was acknowledged is missing there,
+// because disks have lost what they had confirmed. Nothing of such a leader is
+// taken. Raft would refuse the message too, and answer it, again and again.
+func (w *worker) contradicts(g *Group, m *pb.Message) bool {
+	b := g.rn.BasicStatus()
+	if g.parked != nil || m.GetTerm() < b.GetTerm() || m.GetIndex() > b.GetCommit() {
+		return false
+	}
+	t, err := g.log.Term(m.GetIndex())
+	if err != nil || t == m.GetLogTerm() {
+		return false
+	}
+	w.differ(g, m)
+	return true
+}
+
+// differ brings into the status that the sender and this replica have different
+// entries committed: a leader other ones than this, or a follower some that are not
+// here.
+func (w *worker) differ(g *Group, m *pb.Message) {
+	g.mu.Lock()
+	known := g.st.Contradicts
+	g.st.Contradicts = ids.Node(m.GetFrom())
+	g.mu.Unlock()
+	if known == 0 {
+		w.h.log.Error("raft message refused: it speaks of other committed entries than are here; disks have lost what they had confirmed",
+			"group", uint64(g.id), "type", m.GetType(), "from", ids.Node(m.GetFrom()), "index", m.GetIndex(), "last", g.log.last)
+	}
 }
 
 // lost deals with a log that lacks what this replica has acknowledged: a leader's

@@ -68,17 +68,18 @@ func (m Member) silence() string {
 
 // Group is a replicated group as this node's replica of it sees it.
 type Group struct {
-	ID         ids.Group
-	Name       string // what it keeps
-	Leader     ids.Node
-	Leaderless time.Duration // for how long, if Leader is 0
-	Voters     []ids.Node
-	Commit     uint64
-	Applied    uint64
-	LogBytes   int64
-	LogAim     int64               // what its log should not much exceed
-	Match      map[ids.Node]uint64 // on the leader: what each other replica has
-	Unreplaced []ids.Node          // voters silent for long whose seat nobody can take
+	ID          ids.Group
+	Name        string // what it keeps
+	Leader      ids.Node
+	Leaderless  time.Duration // for how long, if Leader is 0
+	Voters      []ids.Node
+	Commit      uint64
+	Applied     uint64
+	LogBytes    int64
+	LogAim      int64               // what its log should not much exceed
+	Match       map[ids.Node]uint64 // on the leader: what each other replica has
+	Contradicts ids.Node            // who has other entries committed than this node; 0: nobody
+	Unreplaced  []ids.Node          // voters silent for long whose seat nobody can take
 }
 
 func (g Group) subject() string { return fmt.Sprintf("group %d", g.ID) }
@@ -252,6 +253,9 @@ func (d *decision) voters(g Group) {
 
 // log is about a group's log, and who follows it.
 func (d *decision) log(g Group) {
+	if g.Contradicts != 0 {
+		d.say(ReplicasDiffer, g.subject(), "", "%s and %v have different entries of %s (%s) committed: one of them lacks what was acknowledged", d.member(g.Contradicts).name(), d.in.Self, g.subject(), g.Name)
+	}
 	if g.LogAim > 0 && g.LogBytes > LogTimes*g.LogAim {
 		d.say(LogLong, g.subject(), "", "the log of %s (%s) has %d MiB here, %d are its aim", g.subject(), g.Name, g.LogBytes>>20, g.LogAim>>20)
 	}

@@ -24,6 +24,7 @@ type Code string
 // The codes.
 const (
 	Removed         Code = "removed"
+	ReplicasDiffer  Code = "replicas-differ"
 	NoQuorum        Code = "no-quorum"
 	NotAdmitted     Code = "not-admitted"
 	NoVote          Code = "no-vote"
@@ -56,6 +57,7 @@ type Kind struct {
 // table has all kinds, in the order in which conditions of one severity are shown.
 var table = []Kind{
 	{Removed, Error, "this node was removed from its cluster: the others take nothing from it any more", "unum down, then move its data directory away; to come back as a new node: unum token on another node, and what it prints here"},
+	{ReplicasDiffer, Error, "two replicas of a group have different entries committed: disks have lost what they had confirmed", "stop all nodes (unum down) and copy the data directories of all voters before anything else: one of them may have the only copy of changes"},
 	{NotAdmitted, Error, "this node has joined, but the cluster has not admitted it yet", "wait some seconds; if it lasts, unum status on another node says what is missing there"},
 	{NoQuorum, Error, "a group has no leader, so nothing that it keeps can be changed", "start the missing nodes (unum nodes lists them); a majority of the voters must be up"},
 	{NoVote, Error, "this node is to vote in a group and does not yet", "wait some seconds; if it lasts, see that this node reaches the others' addresses (unum nodes)"},

@@ -109,6 +109,7 @@ func TestDecide(t *testing.T) {
 		{"an election", func(in *Input) { in.Groups[1].Leader = 0 }, []string{"no-quorum group 2;electing;wait"}},
 		{"an election without end", func(in *Input) { in.Groups[1].Leader, in.Groups[1].Leaderless = 0, time.Minute },
 			[]string{"no-quorum group 2;elected none for 1m0s;reach each other both ways"}},
+		{"replicas differ", func(in *Input) { in.Groups[1].Contradicts = 2 }, []string{"replicas-differ group 2;n2 (b) and n1 have different entries;copy the data directories"}},
 		{"removed", func(in *Input) {
 			in.Members[0].Admitted = false
 			in.Removed = errs.E(errs.Unauthorized, "renew certificate", "n1", "it has been removed from the cluster").WithRemedy("x")

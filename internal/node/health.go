@@ -114,7 +114,7 @@ func (n *Node) groupHealth(g *group.Group) health.Group {
 	if g == n.root {
 		name = "the root volume"
 	}
-	h := health.Group{ID: g.ID(), Name: name, Leader: st.Leader, Voters: st.Voters, Commit: st.Commit, Applied: st.Applied, LogAim: n.host.LogAim(), Leaderless: n.leaderless[g.ID()].since()}
+	h := health.Group{ID: g.ID(), Name: name, Leader: st.Leader, Voters: st.Voters, Commit: st.Commit, Applied: st.Applied, LogAim: n.host.LogAim(), Contradicts: st.Contradicts, Leaderless: n.leaderless[g.ID()].since()}
 	h.LogBytes, _ = g.LogSize()
 	if len(st.Progress) > 0 {
 		h.Match = make(map[ids.Node]uint64, len(st.Progress))

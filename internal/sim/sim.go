@@ -493,6 +493,13 @@ func (w *world) settle() bool {
 	}
 	for _, g := range groups {
 		w.check.equal(g, same[g])
+		for _, n := range w.nodes {
+			if n.up && n.had[g] {
+				if c := n.group(g).Status().Contradicts; c != 0 {
+					w.violated("%v says that %v has other entries of group %d committed", n.id, c, g)
+				}
+			}
+		}
 	}
 	return w.err == nil
 }
