@@ -270,7 +270,9 @@ func (w *worker) acceptable(g *Group, m *pb.Message) bool {
 		if m.GetIndex() <= g.log.last && m.GetRejectHint() <= g.log.last {
 			return true
 		}
-		if m.GetTerm() == g.rn.BasicStatus().GetTerm() { // else it is of an earlier leader's entries
+		// Else it is of an earlier leader's entries, who may have been this node before
+		// it lost its memory.
+		if b := g.rn.BasicStatus(); b.RaftState == raft.StateLeader && m.GetTerm() == b.GetTerm() {
 			w.differ(g, m)
 		}
 		return false

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -59,14 +60,11 @@ func (s *state) powerLoss(nodes []*nodeState) error {
 	// Nobody may see the disk die. Of a sync that is under way as ext4 is shut down the
 	// caller can hear success though it was given up (ext4_fsync_journal finds the
 	// transaction gone and does not ask whether it was aborted): who still runs would
-	// acknowledge what is lost, as no machine without power does.
-	if err := each(func(n *nodeState) error { return s.signalAll(n, unix.SIGSTOP) }); err != nil {
-		return err
-	}
-	if err := each(s.cutDiskPower); err != nil {
-		return err
-	}
-	return each(func(n *nodeState) error {
+	// acknowledge what is lost, as no machine without power does. A failure on the way
+	// is told in the end: what was stopped is killed all the same.
+	failed := each(s.freeze)
+	failed = errors.Join(failed, each(s.cutDiskPower))
+	return errors.Join(failed, each(func(n *nodeState) error {
 		dirs, err := cgroupDirs(s.Name, n.Name)
 		if err != nil {
 			return err
@@ -83,7 +81,34 @@ func (s *state) powerLoss(nodes []*nodeState) error {
 		}
 		dropLoops(s.Loops)
 		return nil
-	})
+	}))
+}
+
+// freeze makes all processes of n stand still: its init first, so that it starts
+// nothing more. Class Timeout: one goes on, and may see the disk die.
+func (s *state) freeze(n *nodeState) error {
+	if err := unix.Kill(n.Proc.Pid, unix.SIGSTOP); err != nil && err != unix.ESRCH {
+		return errs.Wrap(err, "lab kill: stop", n.Name)
+	}
+	dirs, err := cgroupDirs(s.Name, n.Name)
+	if err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(goneTimeout); ; time.Sleep(time.Millisecond) {
+		if runs(n.Proc.Pid) && time.Now().Before(deadline) {
+			continue
+		}
+		if err := s.signalAll(n, unix.SIGSTOP); err != nil {
+			return err
+		}
+		going := slices.IndexFunc(cgroupPids(dirs), runs)
+		if going < 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return errs.E(errs.Timeout, "lab kill: stop", n.Name, "a process does not stand still: what it acknowledged at the last moment may be lost")
+		}
+	}
 }
 
 func waitGone(p procID) error {
