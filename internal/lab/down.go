@@ -87,21 +87,17 @@ func (s *state) powerLoss(nodes []*nodeState) error {
 // freeze makes all processes of n stand still: its init first, so that it starts
 // nothing more. Class Timeout: one goes on, and may see the disk die.
 func (s *state) freeze(n *nodeState) error {
-	if err := unix.Kill(n.Proc.Pid, unix.SIGSTOP); err != nil && err != unix.ESRCH {
-		return errs.Wrap(err, "lab kill: stop", n.Name)
-	}
+	deadline := time.Now().Add(goneTimeout)
+	stop(n.Proc.Pid, deadline)
 	dirs, err := cgroupDirs(s.Name, n.Name)
 	if err != nil {
 		return err
 	}
-	for deadline := time.Now().Add(goneTimeout); ; time.Sleep(time.Millisecond) {
-		if runs(n.Proc.Pid) && time.Now().Before(deadline) {
-			continue
-		}
+	for {
 		if err := s.signalAll(n, unix.SIGSTOP); err != nil {
 			return err
 		}
-		going := slices.IndexFunc(cgroupPids(dirs), runs)
+		going := slices.IndexFunc(append(cgroupPids(dirs), n.Proc.Pid), func(pid int) bool { return len(threads(pid)) > 0 })
 		if going < 0 {
 			return nil
 		}

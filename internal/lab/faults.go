@@ -91,31 +91,44 @@ func (s *state) signalAll(n *nodeState, sig unix.Signal) error {
 					return errs.Wrap(err, "lab: signal", n.Name)
 				}
 			}
-			for sig == unix.SIGSTOP && runs(pid) && pid != n.Proc.Pid && time.Now().Before(deadline) {
-				time.Sleep(time.Millisecond)
+			if sig == unix.SIGSTOP && pid != n.Proc.Pid {
+				stop(pid, deadline)
 			}
 		}
 	}
 	return nil
 }
 
-// runs reports whether a thread of process pid may go on as if it had not been told
-// to stop. One that waits in the kernel (D) stops before it is back in its program.
-func runs(pid int) bool {
-	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
-	if err != nil {
-		return false
+// stop stops process pid, and returns when it stands still or at the deadline. The
+// signal is sent to each thread that goes on: one sent to the process is given to a
+// thread of the kernel's choice, and if that waits for a stopped daemon (D) nobody
+// stops.
+func stop(pid int, deadline time.Time) {
+	for going := threads(pid); len(going) > 0 && time.Now().Before(deadline); going = threads(pid) {
+		for _, tid := range going {
+			_ = unix.Tgkill(pid, tid, unix.SIGSTOP) // it may have ended
+		}
+		time.Sleep(time.Millisecond)
 	}
-	for _, t := range threads {
+}
+
+// threads lists those of process pid that may go on as if they had not been told to
+// stop. One that waits in the kernel (D) stops before it is back in its program.
+func threads(pid int) (going []int) {
+	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return nil
+	}
+	for _, t := range list {
 		tid, err := strconv.Atoi(t.Name())
 		if err != nil {
 			continue
 		}
 		if f, err := statFields(tid); err == nil && (f[0] == "R" || f[0] == "S") {
-			return true
+			going = append(going, tid)
 		}
 	}
-	return false
+	return going
 }
 
 // SignalDaemon sends sig to the process of node's daemon.
