@@ -366,6 +366,27 @@ func TestPutFindsNewReplicas(t *testing.T) {
 	}
 }
 
+// A node whose place others get while it writes a block does not say that it has
+// it: neither to a peer nor to its own writer.
+func TestLeaverWhileItWrites(t *testing.T) {
+	for _, writer := range []ids.Node{1, 2, 100} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newCluster(t, 3)
+			name := NameOf(c.nodes[1].cfg.Key, data(1, 100))
+			for _, id := range []ids.Node{2, 3} {
+				n := c.nodes[id]
+				n.cfg.Leaving = func() bool { return n.store.Has(segment.Name(name)) }
+			}
+			if _, err := c.nodes[writer].Put(t.Context(), data(1, 100)); !errs.Has(err, errs.NoQuorum) || !strings.Contains(err.Error(), "1 of 3 replicas have it") || !strings.Contains(err.Error(), "takes no blocks any more") {
+				t.Errorf("%v wrote: %v", writer, err)
+			}
+			if at := c.has(name); !slices.Equal(at, []ids.Node{1, 2, 3}) {
+				t.Errorf("it was written on %v", at)
+			}
+		})
+	}
+}
+
 func TestCancel(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, 3)

@@ -141,10 +141,7 @@ func (c *Client) late(size int64, left int, cancel func(), wait func()) {
 // putTo stores the block on one replica.
 func (c *Client) putTo(ctx context.Context, n ids.Node, name volume.BlockName, data []byte) error {
 	if n == c.cfg.Self && c.cfg.Local != nil {
-		if err := c.takes(); err != nil {
-			return err
-		}
-		return c.cfg.Local.Put(segment.Name(name), data)
+		return c.take(func() error { return c.cfg.Local.Put(segment.Name(name), data) })
 	}
 	_, err := c.cfg.RPC.Call(ctx, n, MethodPut, nameMsg{name}, data, nil)
 	return errs.Wrap(err, "put block on", n.String())

@@ -42,10 +42,20 @@ func (c *Client) servePut(_ context.Context, from ids.Node, req, data []byte) (a
 	if err := wire.Unmarshal(req, &m); err != nil {
 		return nil, nil, err
 	}
+	return nil, nil, c.take(func() error { return c.store(m.Name, data, from) })
+}
+
+// take stores a block, unless this node takes none any more: then the writer must
+// not count this copy. That is asked before, to write nothing, and again when it is
+// durable, for a sync takes its time.
+func (c *Client) take(store func() error) error {
 	if err := c.takes(); err != nil {
-		return nil, nil, err
+		return err
 	}
-	return nil, nil, c.store(m.Name, data, from)
+	if err := store(); err != nil {
+		return err
+	}
+	return c.takes()
 }
 
 // takes refuses, with class Stale, what is to be kept by a node that keeps nothing
