@@ -107,6 +107,13 @@ func (d *departing) join(ctx context.Context, leave func(ctx context.Context, sa
 	}
 }
 
+// underway reports whether one is, or has come to its end and the node stops.
+func (d *departing) underway() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.now != nil
+}
+
 func (d *departing) say(text string) {
 	d.mu.Lock()
 	d.said = text
@@ -236,7 +243,7 @@ func (n *Node) holding(ctx context.Context, due *uint64) (string, error) {
 		return "", err
 	}
 	for _, g := range leaders {
-		if g.Joint || slices.Contains(g.Voters, n.id) || slices.Contains(g.Learners, n.id) {
+		if g.Joint || g.seats(n.id) {
 			*due = 0
 			n.unseated.Store(nil)
 			return fmt.Sprintf("until others have its place in group %d", g.Group), nil
@@ -266,6 +273,36 @@ func (n *Node) holding(ctx context.Context, due *uint64) (string, error) {
 		return why, nil
 	}
 	return "", n.venus.Settle(ctx)
+}
+
+// seats reports whether a node has a place in the group: a vote, or a replica.
+func (g *GroupStatus) seats(p ids.Node) bool {
+	return slices.Contains(g.Voters, p) || slices.Contains(g.Learners, p)
+}
+
+// settleSeat has a node that takes no blocks, or is marked as leaving while nobody
+// has it leave, learn from the groups' leaders whether it has a place: that it stays
+// may be decided long after it has given up saying so, and that others have its
+// place while it was off. Who stays gets a replica at once, so a place says that
+// too. Its own replica may never hear of any of it.
+func (n *Node) settleSeat(ctx context.Context) {
+	was := n.unseated.Load()
+	if n.disk.Role != record.RoleStore || was == nil && (*n.known.Load())[n.id].State != record.Leaving || n.departing.underway() {
+		return
+	}
+	leaders, _, err := n.configs(ctx)
+	if err != nil {
+		n.cfg.Log.Debug("it is not known whether this node has its place", "err", err)
+		return
+	}
+	voters := leaders[ids.RootGroup].Voters
+	now := &voters
+	for _, g := range leaders {
+		if g.seats(n.id) {
+			now = nil
+		}
+	}
+	n.unseated.CompareAndSwap(was, now) // a leaving that has begun meanwhile knows better
 }
 
 // missing says what the other voters lack of what this node has: the entries up to

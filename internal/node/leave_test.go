@@ -535,3 +535,60 @@ func TestLeaverTakesNoBlocks(t *testing.T) {
 	}
 	voters(t, n3, 1, 2, 3)
 }
+
+// TestLeaverIsSettled: a node that is marked as leaving, while nobody has it leave,
+// takes no blocks as long as it has no place, also when it starts anew; and takes
+// them again when it is heard that it stays after whoever wanted that has given up.
+func TestLeaverIsSettled(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	n2, _, _ := join(t, ctx, n1, record.RoleStore)
+	n3, cfg3, stop3 := join(t, ctx, n1, record.RoleStore)
+	for _, n := range []*Node{n1, n2, n3} {
+		voters(t, n, 1, 2, 3)
+	}
+	old := block.New(block.Config{Self: n1.id, RPC: n1.ep, Key: n1.volumeKey, Alive: n1.alive, // a writer that was held up
+		Replicas: func() []ids.Node { return []ids.Node{3} }})
+	refuses := func(n *Node, what string) {
+		t.Helper()
+		short, stop := context.WithTimeout(ctx, time.Second)
+		defer stop()
+		if _, err := old.Put(short, []byte(what)); !errs.Has(err, errs.Timeout) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if n.segs.Has(segment.Name(block.NameOf(n1.volumeKey, []byte(what)))) {
+			t.Errorf("%s: it took a block", what)
+		}
+	}
+	if err := n3.setState(ctx, record.Leaving); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "it finds out that others have its place", func() bool {
+		v := n3.unseated.Load()
+		return v != nil && slices.Equal(*v, []ids.Node{1, 2})
+	})
+	refuses(n3, "others have its place")
+
+	stop3()
+	opened := false
+	n3, _ = start(t, cfg3, func(n *Node) { opened = n.unseated.Load() != nil })
+	if !opened {
+		t.Error("it would take blocks before it knows whether it has a place")
+	}
+	await(t, "it hears of the others", func() bool { return n3.alive(1) && n1.alive(3) })
+	refuses(n3, "started anew")
+	if err := n3.setState(ctx, record.Active); err != nil { // as when it is done after stay has given up
+		t.Fatal(err)
+	}
+	await(t, "it takes blocks", func() bool {
+		short, stop := context.WithTimeout(ctx, time.Second)
+		defer stop()
+		_, err := old.Put(short, []byte("it stays"))
+		return err == nil
+	})
+	voters(t, n3, 1, 2, 3)
+	if got := n3.storing(); !slices.Equal(got, []ids.Node{1, 2, 3}) {
+		t.Errorf("it believes that %v store", got)
+	}
+}

@@ -108,7 +108,7 @@ type Node struct {
 	turn      atomic.Uint64
 	mounted   atomic.Bool
 	departing departing
-	unseated  atomic.Pointer[[]ids.Node] // of a node that leaves and has no place in the groups any more: the root volume's voters
+	unseated  atomic.Pointer[[]ids.Node] // of a node that leaves and is not known to have a place in the groups still: the root volume's voters
 	goes      atomic.Bool                // it leaves for good when it stops
 	gone      atomic.Bool                // it has, and the record knows
 	stays     error                      // why it has not; of the part farewell, and of run when that has ended
@@ -281,6 +281,14 @@ func (n *Node) openStore(undo *[]func() error) (err error) {
 	n.blocks = block.New(block.Config{Self: n.id, RPC: n.ep, Local: n.segs, Key: n.volumeKey,
 		Replicas: n.storing, Holders: n.holders, Alive: n.members.IsAlive, Walk: n.walkBlocks, Log: n.part("block"),
 		Leaving: func() bool { return n.unseated.Load() != nil }})
+	// A leaving node that starts may have lost its place while it was off. Until the
+	// leaders have said (settleSeat, a second later) it takes no blocks: a writer to
+	// whom it matters asks it anew for longer than that, and whatever is written now
+	// needs those same leaders to be named.
+	if m, err := n.record.view().Member(n.id); err == nil && m.State == record.Leaving {
+		voters := n.root.Status().Voters
+		n.unseated.Store(&voters)
+	}
 	n.ep.Bulk(block.MethodGet) // small questions, large answers
 	n.vice = vice.New(vice.Config{Self: n.id, Group: ids.RootGroup, Replica: n.root,
 		State: vice.NewState(n.host.State(), n.root.Space()), Peers: n.ep, Log: n.part("vice")})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/unum-os/unum/internal/errs"
@@ -182,20 +183,27 @@ func (n *Node) placed(p ids.Node) bool {
 func (n *Node) configs(ctx context.Context) (map[ids.Group]GroupStatus, map[ids.Node]Self, error) {
 	selves := map[ids.Node]Self{}
 	leaders := map[ids.Group]GroupStatus{}
+	ctx, cancel := context.WithTimeout(ctx, selfLimit)
+	defer cancel()
 	var failed error
+	var mu sync.Mutex // over failed and selves
+	var asked sync.WaitGroup
 	for _, m := range n.current() {
 		if m.Role == record.RoleClient {
 			continue
 		}
-		cctx, cancel := context.WithTimeout(ctx, selfLimit)
-		var s Self
-		_, err := n.ep.Call(cctx, m.ID, methodSelf, nil, nil, &s)
-		cancel()
-		if err != nil {
-			failed = errors.Join(failed, err)
-			continue
-		}
-		selves[m.ID] = s
+		asked.Go(func() {
+			var s Self
+			_, err := n.ep.Call(ctx, m.ID, methodSelf, nil, nil, &s)
+			mu.Lock()
+			defer mu.Unlock()
+			if failed = errors.Join(failed, err); err == nil {
+				selves[m.ID] = s
+			}
+		})
+	}
+	asked.Wait()
+	for _, s := range selves {
 		for _, g := range s.Groups {
 			if g.Role == group.Leader.String() && g.Term >= leaders[g.Group].Term {
 				leaders[g.Group] = g

@@ -79,6 +79,7 @@ type steward struct {
 	renewed time.Time              // when last tried, by the clock that does not jump
 	keys    guardian
 	asked   time.Time // at the others' doors, when last
+	seated  time.Time // when last asked whether it has its place
 }
 
 // look does what is due and reports whether there may soon be more.
@@ -87,6 +88,10 @@ func (s *steward) look(ctx context.Context) bool {
 	s.renew(ctx)
 	n.noteMove(ctx)
 	n.guard(ctx, &s.keys)
+	if time.Since(s.seated) >= stewardTick {
+		n.settleSeat(ctx)
+		s.seated = time.Now()
+	}
 	members := n.current()
 	for _, m := range members {
 		if m.ID == n.id || n.alive(m.ID) {
