@@ -70,7 +70,9 @@ func TestKnock(t *testing.T) {
 			err := knock(ctx, &out, time.Hour, time.Hour, addr, func(ctx context.Context) error {
 				tries++
 				time.AfterFunc(0, cancel)
-				return try(ctx)
+				err := try(ctx)
+				<-ctx.Done() // an attempt may fail before
+				return err
 			})
 			if err == nil || tries != 1 || out.Len() > 0 || errs.ClassOf(err) == errs.Timeout || strings.Contains(err.Error(), "try: ") {
 				t.Errorf("%d tries, %q, %v", tries, out.String(), err)
@@ -78,12 +80,30 @@ func TestKnock(t *testing.T) {
 		})
 	}
 	t.Run("what has a remedy keeps it", func(t *testing.T) {
-		var out bytes.Buffer
-		err := knock(context.Background(), &out, time.Minute, time.Hour, mute, func(context.Context) error {
-			return errs.E(errs.Timeout, "join", mute, "why").WithRemedy("that")
+		for _, deep := range []bool{false, true} {
+			var out bytes.Buffer
+			err := knock(context.Background(), &out, 10*time.Millisecond, time.Hour, mute, func(context.Context) error {
+				err := error(errs.E(errs.Timeout, "ask", "", "why").WithRemedy("that"))
+				if deep {
+					err = errs.Wrap(err, "join", mute)
+				}
+				return err
+			})
+			if !strings.HasSuffix(err.Error(), "\ntry: that") || strings.Count(err.Error(), "try: ") != 1 || out.Len() > 0 {
+				t.Errorf("%q, %v", out.String(), err)
+			}
+		}
+	})
+	t.Run("one that is silent for long is asked again", func(t *testing.T) {
+		tries := 0
+		err := knock(context.Background(), nil, time.Minute, time.Hour, mute, func(context.Context) error {
+			if tries++; tries < 3 {
+				return errs.E(errs.Timeout, "join", mute, "no answer in time")
+			}
+			return nil
 		})
-		if !strings.HasSuffix(err.Error(), "\ntry: that") || out.Len() > 0 {
-			t.Errorf("%q, %v", out.String(), err)
+		if err != nil || tries != 3 {
+			t.Errorf("%d tries, %v", tries, err)
 		}
 	})
 	t.Run("a refusal is no silence", func(t *testing.T) {

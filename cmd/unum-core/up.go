@@ -410,7 +410,7 @@ func knock(ctx context.Context, out io.Writer, limit, quiet time.Duration, addr 
 	}()
 	for {
 		err := try(lctx)
-		again := errs.Has(err, errs.Unavailable) || errs.Has(err, errs.NoQuorum)
+		again := errs.Has(err, errs.Unavailable) || errs.Has(err, errs.NoQuorum) || errs.Has(err, errs.Timeout) // one attempt has a limit of its own
 		if again && lctx.Err() == nil {
 			select {
 			case <-time.After(joinAgain):
@@ -427,9 +427,10 @@ func knock(ctx context.Context, out io.Writer, limit, quiet time.Duration, addr 
 
 // silent says what to look at when nobody has answered at addr.
 func silent(err error, addr string) error {
-	var e *errs.Error
-	if errors.As(err, &e) && e.Remedy != "" {
-		return err
+	for e := err; e != nil; e = errors.Unwrap(e) {
+		if has, is := e.(*errs.Error); is && has.Remedy != "" {
+			return err
+		}
 	}
 	port := "port 7400"
 	if _, p, err := net.SplitHostPort(addr); err == nil {
