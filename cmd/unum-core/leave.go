@@ -47,7 +47,7 @@ The last storing node cannot leave: stop it (unum down) and remove its directory
 					}
 				}
 				if ctx.Err() != nil {
-					return gaveUp(context.WithoutCancel(ctx), dir)
+					return gaveUp(context.WithoutCancel(ctx), os.Stderr, stayLimit, ownState, func(ctx context.Context) error { return awaitLeft(ctx, dir) })
 				}
 				if !errors.Is(err, io.EOF) {
 					return err
@@ -67,41 +67,43 @@ const leftLimit = time.Minute
 const stayLimit = 12 * time.Second
 
 // gaveUp says, after Ctrl-C, where this node stands. The daemon takes a leaving
-// back for which nobody waits any more, unless it is too late for that.
-func gaveUp(ctx context.Context, dir string) error {
-	ctx, cancel := context.WithTimeout(ctx, stayLimit)
+// back for which nobody waits any more, unless it is too late for that. Before that
+// is over the state may be the one from before it began.
+func gaveUp(ctx context.Context, out io.Writer, limit time.Duration, look func(context.Context) (string, bool, error), left func(context.Context) error) error {
+	lctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
-		state, err := ownState(ctx)
+		state, departing, err := look(lctx)
 		switch {
-		case state == record.Active.String():
-			fmt.Fprintln(os.Stderr, "unum: interrupted: this node stays in its cluster; unum leave begins anew")
+		case err == nil && !departing && state == record.Active.String():
+			fmt.Fprintln(out, "unum: interrupted: this node stays in its cluster; unum leave begins anew")
 			return errs.E(errs.Interrupted, "leave", "", "interrupted")
-		case errs.Has(err, errs.Unavailable) && ctx.Err() == nil: // its daemon ends
-			fmt.Fprintln(os.Stderr, "unum: interrupted too late: this node leaves")
-			return awaitLeft(ctx, dir)
+		case errs.Has(err, errs.Unavailable) && lctx.Err() == nil: // its daemon ends
+			fmt.Fprintln(out, "unum: interrupted too late: this node leaves")
+			return left(ctx)
 		}
 		select {
 		case <-time.After(100 * time.Millisecond):
-		case <-ctx.Done():
-			fmt.Fprintln(os.Stderr, "unum: interrupted: this node is marked as leaving still (unum nodes shows it) and takes no commands: another unum leave waits for it, or no majority answers; unum leave goes on with it")
+		case <-lctx.Done():
+			fmt.Fprintln(out, "unum: interrupted: this node is marked as leaving still (unum nodes shows it) and takes no commands: another unum leave waits for it, or no majority answers; unum leave goes on with it")
 			return errs.E(errs.Interrupted, "leave", "", "interrupted")
 		}
 	}
 }
 
-// ownState returns the state of this node as its daemon knows it.
-func ownState(ctx context.Context) (string, error) {
+// ownState returns the state of this node as its daemon knows it, and whether a
+// leaving is under way there.
+func ownState(ctx context.Context) (state string, departing bool, err error) {
 	st, err := getStatus(ctx)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	for _, m := range st.Members {
 		if m.Id == st.Node {
-			return m.State, nil
+			state = m.State
 		}
 	}
-	return "", nil
+	return state, st.Departing, nil
 }
 
 // dataDir returns where the daemon's data are.

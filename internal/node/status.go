@@ -103,7 +103,8 @@ const statusLimit = time.Second
 
 // status asks all members for a moment.
 func (n *Node) status(ctx context.Context) *api.StatusResponse {
-	st := &api.StatusResponse{Node: uint64(n.id), Cluster: api.Text(n.disk.Cluster), Mount: api.Text(n.cfg.Mount), Addr: api.Text(n.disk.Addr)}
+	st := &api.StatusResponse{Node: uint64(n.id), Cluster: api.Text(n.disk.Cluster), Mount: api.Text(n.cfg.Mount), Addr: api.Text(n.disk.Addr),
+		Departing: n.departing.underway()}
 	loads := n.loads.Snapshot(clock.Now())
 	ctx, cancel := context.WithTimeout(ctx, statusLimit)
 	defer cancel()

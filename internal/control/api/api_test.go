@@ -371,17 +371,17 @@ func TestVersions(t *testing.T) {
 	const status = "/unum.v1.Node/Status"
 	for _, v := range []struct{ version, method, want string }{
 		{"", status, ""},
-		{"1.2", status, ""},
+		{"1.3", status, ""},
 		{"1.99", status, ""},
-		{"2.0", status, "this command speaks version 2.0 of the control API, the daemon version 1.2"},
+		{"2.0", status, "this command speaks version 2.0 of the control API, the daemon version 1.3"},
 		{"x", status, "this command speaks version x of the control API"},
 		{"", "/unum.v1.Node/Nosuch", "the daemon does not know /unum.v1.Node/Nosuch"},
-		{"1.99", "/unum.v1.Node/Nosuch", "the daemon does not know /unum.v1.Node/Nosuch: it speaks version 1.2 of the control API, this command version 1.99\ntry: restart"},
+		{"1.99", "/unum.v1.Node/Nosuch", "the daemon does not know /unum.v1.Node/Nosuch: it speaks version 1.3 of the control API, this command version 1.99\ntry: restart"},
 		{"2.0", "/unum.v2.Node/Status", "this command speaks version 2.0"},
 		{"", "/unum.v2.Node/Status", "the daemon does not know /unum.v2.Node/Status"},
 	} {
 		says, err := call(v.version, v.method)
-		if says != "1.2" {
+		if says != "1.3" {
 			t.Errorf("%v: the daemon says version %q", v, says)
 		}
 		if v.want == "" && err != nil || v.want != "" && (!errs.Has(err, errs.NotSupported) || !strings.HasPrefix(err.Error(), v.want)) {

@@ -526,6 +526,7 @@ type StatusResponse struct {
 	Members       []*Member              `protobuf:"bytes,5,rep,name=members,proto3" json:"members,omitempty"`
 	Problem       string                 `protobuf:"bytes,6,opt,name=problem,proto3" json:"problem,omitempty"`       // why this node is not healthy, and what to type; empty if it is
 	Conditions    []*Condition           `protobuf:"bytes,7,rep,name=conditions,proto3" json:"conditions,omitempty"` // all, the most severe first
+	Departing     bool                   `protobuf:"varint,8,opt,name=departing,proto3" json:"departing,omitempty"`  // a leaving of this node is under way; until it is over, the node's state is not its last word
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -607,6 +608,13 @@ func (x *StatusResponse) GetConditions() []*Condition {
 		return x.Conditions
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetDeparting() bool {
+	if x != nil {
+		return x.Departing
+	}
+	return false
 }
 
 // Condition is something that is not as it should be; docs/health.md lists the
@@ -3718,7 +3726,7 @@ const file_unum_proto_rawDesc = "" +
 	"\x0eDigestResponse\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x10\n" +
 	"\x03sum\x18\x02 \x01(\fR\x03sum\"\x0f\n" +
-	"\rStatusRequest\"\xe1\x01\n" +
+	"\rStatusRequest\"\xff\x01\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\x04R\x04node\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x14\n" +
@@ -3728,7 +3736,8 @@ const file_unum_proto_rawDesc = "" +
 	"\aproblem\x18\x06 \x01(\tR\aproblem\x122\n" +
 	"\n" +
 	"conditions\x18\a \x03(\v2\x12.unum.v1.ConditionR\n" +
-	"conditions\"\x81\x01\n" +
+	"conditions\x12\x1c\n" +
+	"\tdeparting\x18\b \x01(\bR\tdeparting\"\x81\x01\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x18\n" +

@@ -16,7 +16,7 @@ import (
 // programs would misunderstand.
 const (
 	Major = 1
-	Minor = 2
+	Minor = 3
 )
 
 // versionKey is the header in which both ends say their version. A foreign client
