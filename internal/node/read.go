@@ -126,10 +126,15 @@ func (n *Node) serveRead(ctx context.Context, from ids.Node, req, proof []byte) 
 	return r, nil, err
 }
 
-// readFor is readHere for somebody on from; refusals are told to the audit.
+// readFor is readHere for somebody on from; refusals are told to the audit. Who
+// reads here does not wait for that, as with what else is refused here.
 func (n *Node) readFor(ctx context.Context, q *readRequest, from ids.Node) (*readReply, error) {
 	r, err := n.readHere(ctx, q)
 	if errs.Has(err, errs.Permission) || errs.Has(err, errs.Unauthorized) {
+		if from == n.id {
+			go n.refused(context.WithoutCancel(ctx), q.Who, "read", from, err)
+			return nil, err
+		}
 		err = n.refused(ctx, q.Who, "read", from, err)
 	}
 	return r, err
