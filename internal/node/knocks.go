@@ -45,6 +45,11 @@ func (b *bucket) fill(now time.Time, atOnce, per float64) {
 	b.filled = now
 }
 
+// anyStranger stands for whoever has no certificate: machines that join, and whose
+// certificate is nobody's, share one bucket, for they can be any number. It is no
+// node; what this node's own processes are refused counts as this node's.
+const anyStranger ids.Node = 0
+
 // knock is what of one node this one remembers.
 type knock struct {
 	refusals  bucket
@@ -131,7 +136,7 @@ func (k *knocks) propose(peer ids.Node, size int, now time.Time) (settle func(de
 }
 
 // due returns a node of which something was dropped a while ago, and how much
-// since when; that is forgotten then. Node 0: there is none.
+// since when; that is forgotten then. None untold: there is none.
 func (k *knocks) due(now time.Time) (peer ids.Node, untold uint64, since time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -163,8 +168,12 @@ func (n *Node) tellUntold(ctx context.Context, now time.Time) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, noteLimit)
 	defer cancel()
+	what := "attempts"
+	if peer == anyStranger {
+		peer, what = n.id, "attempts of machines that are no members"
+	}
 	note := &record.Note{About: principal.Of(peer), What: "ask too much", On: peer.String(), Err: uint8(errs.Busy),
-		Why: fmt.Sprintf("%d attempts in %v were turned away, or refused without a line of their own", untold, now.Sub(since).Round(time.Second))}
+		Why: fmt.Sprintf("%d %s in %v were turned away, or refused without a line of their own", untold, what, now.Sub(since).Round(time.Second))}
 	if _, err := n.record.do(ctx, record.Command{Note: note}); err != nil && ctx.Err() == nil {
 		n.cfg.Log.Warn("not in the audit", "node", peer.String(), "untold", untold, "err", err)
 	}
@@ -176,6 +185,9 @@ func (n *Node) refused(ctx context.Context, about principal.Principal, what stri
 	if !n.knocks.tell(from, time.Now()) {
 		n.cfg.Log.Debug("refused, and not told to the audit one by one: there are too many", "what", what, "from", from.String(), "err", why)
 		return why
+	}
+	if from == anyStranger {
+		from = n.id
 	}
 	about.User = cut(about.User, record.MaxText)
 	note := &record.Note{About: about, What: what, On: from.String(), Err: uint8(errs.ClassOf(why)), Why: cut(firstLine(why), record.MaxText)}

@@ -310,7 +310,7 @@ func (n *Node) join(ctx context.Context, q *joinRequest) (*joinReply, error) {
 		Hostname: q.Hostname, Addr: q.Addr, Role: q.Role, Labels: q.Labels, Now: n.cfg.Clock.Wall().UnixNano()}
 	if given, err := n.record.view().MayJoin(&add); err != nil {
 		if given && errs.Has(err, errs.Unauthorized) { // by somebody who has, or had, a token; whoever guesses writes nothing
-			err = n.refused(ctx, principal.Of(n.id), "join", n.id, err)
+			err = n.refused(ctx, principal.Of(n.id), "join", anyStranger, err)
 		}
 		return nil, err
 	}

@@ -310,6 +310,9 @@ func TestStrangersWriteNothing(t *testing.T) {
 	if most := refusalsAtOnce + uint64(refusalsPer*took.Seconds()) + 1; entries < 3 || entries > most {
 		t.Errorf("who has had a token wrote %d entries, want 3 to %d", entries, most)
 	}
+	if !n.knocks.tell(n.id, time.Now()) {
+		t.Error("what this node's own are refused is not told any more")
+	}
 	// The same with a token gets in; the reply can be had again.
 	tok, err := n.token(asRoot(ctx, n), 0, 0, 0)
 	if err != nil {

@@ -181,6 +181,6 @@ func (n *Node) identify(ctx context.Context) {
 	}
 	for _, p := range n.strangers.judge(began, n.isKnown) {
 		no := errs.E(errs.Unauthorized, "accept", p.String(), "its certificate is good, but it is no member")
-		go n.refused(context.WithoutCancel(ctx), principal.Of(p), "come in", n.id, no) // all of them count as one: they can be any number
+		go n.refused(context.WithoutCancel(ctx), principal.Of(p), "come in", anyStranger, no)
 	}
 }
