@@ -82,7 +82,7 @@ func makeCgroups(name, member string) ([]string, error) {
 	}
 	var made []string
 	for _, d := range dirs {
-		if os.MkdirAll(d, 0o755) != nil {
+		if makeAll(d, 0o755) != nil {
 			continue
 		}
 		// A cpuset takes no process before it has CPUs and memory.

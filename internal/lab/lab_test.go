@@ -651,3 +651,38 @@ func exitCode(err error) int {
 	}
 	return 0
 }
+
+// TestParentsGoMeanwhile: a directory is made whose parent another lab removes at
+// the same time whenever it is empty, and what was made is recorded.
+func TestParentsGoMeanwhile(t *testing.T) {
+	base := filepath.Join(t.TempDir(), "labs")
+	done, gone := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(gone)
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				_ = unix.Rmdir(base) // not empty: it stays
+			}
+		}
+	}()
+	for i := range 500 {
+		path := filepath.Join(base, fmt.Sprint(i))
+		made := map[string]bool{}
+		must(t, mkdirs(path, func(list []string) error {
+			for _, p := range list {
+				made[p] = true
+			}
+			return nil
+		}))
+		if !made[path] {
+			t.Fatalf("%s is not recorded", path)
+		}
+		must(t, makeAll(filepath.Join(base, "x"), 0o755))
+		must(t, errors.Join(os.Remove(filepath.Join(base, "x")), os.Remove(path)))
+	}
+	close(done)
+	<-gone
+}

@@ -165,7 +165,7 @@ func lockDir(ctx context.Context, path string) (unlock func(), err error) {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if err := os.MkdirAll(path, 0o700); err != nil {
+		if err := makeAll(path, 0o700); err != nil {
 			return nil, errs.Wrap(err, "lab: lock", path)
 		}
 		f, err := os.Open(path)
@@ -220,6 +220,10 @@ func (l *Lab) change(ctx context.Context, f func(s *state) error) error {
 // mkdirs makes path and its missing parents and returns those it is about to
 // make, outermost first, through record, before making them.
 func mkdirs(path string, record func(made []string) error) error {
+	return mkdirsAgain(path, record, parentTries)
+}
+
+func mkdirsAgain(path string, record func(made []string) error, again int) error {
 	var made []string
 	for p := path; ; p = filepath.Dir(p) {
 		fi, err := os.Stat(p)
@@ -240,7 +244,24 @@ func mkdirs(path string, record func(made []string) error) error {
 	if err := record(made); err != nil {
 		return err
 	}
-	return errs.Wrap(os.MkdirAll(path, 0o755), "lab up", path)
+	err := os.MkdirAll(path, 0o755)
+	if os.IsNotExist(err) && again > 0 { // a parent went meanwhile, and is to be recorded too
+		return mkdirsAgain(path, record, again-1)
+	}
+	return errs.Wrap(err, "lab up", path)
+}
+
+// parentTries is how often a directory is tried to be made whose parent goes at the
+// same moment, because it was made for the last other lab, which goes down.
+const parentTries = 100
+
+// makeAll is os.MkdirAll beside other labs that remove parents which have become empty.
+func makeAll(path string, mode os.FileMode) error {
+	for try := 1; ; try++ {
+		if err := os.MkdirAll(path, mode); !os.IsNotExist(err) || try == parentTries {
+			return err
+		}
+	}
 }
 
 // Mount points are shared by labs: who came first made them, who goes last
