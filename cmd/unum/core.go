@@ -139,8 +139,21 @@ func unpack() (*os.File, error) {
 	if _, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, 1<<20)); err != nil {
 		return nil, err
 	}
-	_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE)
-	return dst, err
+	return dst, seal(fd)
+}
+
+// sealLimit bounds the sealing of a core in memory on a busy machine.
+const sealLimit = 10 * time.Second
+
+// seal makes a core in memory unchangeable. The kernel refuses that (EBUSY) while
+// something of its own still holds a page that was just written.
+func seal(fd int) error {
+	for end := time.Now().Add(sealLimit); ; time.Sleep(time.Millisecond) {
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE)
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // execute becomes the program in f.
