@@ -121,16 +121,19 @@ func running(id string) (*os.File, error) {
 	return control.Image(control.Path(), id, imageLimit)
 }
 
-// unpack writes the core to memory and seals it.
+// unpack writes the core to memory, where nobody may write to it but who could
+// change this process as well: a daemon gives its image to other users (package
+// control), who may open it anew as its mode allows. A seal would say the same, but
+// the kernel refuses one (EBUSY) while it holds a page that was just written.
 func unpack() (*os.File, error) {
 	src, err := files.Open(coreFile)
 	if err != nil {
 		return nil, err
 	}
 	defer src.Close()
-	fd, err := unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
+	fd, err := unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_EXEC)
 	if errors.Is(err, unix.EINVAL) { // older than 6.3
-		fd, err = unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+		fd, err = unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC)
 	}
 	if err != nil {
 		return nil, err
@@ -139,25 +142,7 @@ func unpack() (*os.File, error) {
 	if _, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, 1<<20)); err != nil {
 		return nil, err
 	}
-	return dst, seal(fd)
-}
-
-// sealLimit bounds the sealing of a core in memory on a busy machine.
-const sealLimit = time.Second
-
-// seal makes a core in memory unchangeable. The kernel refuses that (EBUSY) while
-// something of its own still holds a page that was just written. Then it is not
-// sealed: nobody writes to what is being executed (ETXTBSY).
-func seal(fd int) error {
-	for end := time.Now().Add(sealLimit); ; time.Sleep(time.Millisecond) {
-		_, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE)
-		if !errors.Is(err, unix.EBUSY) {
-			return err
-		}
-		if time.Now().After(end) {
-			return nil
-		}
-	}
+	return dst, dst.Chmod(0o555)
 }
 
 // execute becomes the program in f.

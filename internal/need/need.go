@@ -1,11 +1,15 @@
-// Package need is for tests only: it says what they need of the machine. Where
+// Package need is for tests only: it gives them what they need of the machine. Where
 // that is missing a test is skipped; where UNUM_TEST_REQUIRE is set, as in CI, it
 // fails: a test that nobody has run proves nothing.
 package need
 
 import (
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
+	"strconv"
+	"sync"
 	"testing"
 )
 
@@ -32,5 +36,42 @@ func Program(t testing.TB, name string) {
 	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
 		Missing(t, "needs %s: %v", name, err)
+	}
+}
+
+// given are the ports that Address has given in this process.
+var given sync.Map
+
+// Address returns an address of this machine for a server that is stopped and
+// started again: no connection of another program can come by its port meanwhile.
+func Address(t testing.TB) string {
+	t.Helper()
+	for range 1000 {
+		port := 10000 + rand.IntN(22768) // from 32768 on they are for outgoing connections (net.ipv4.ip_local_port_range)
+		if _, taken := given.LoadOrStore(port, true); taken {
+			continue
+		}
+		l, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(port)))
+		if err != nil {
+			continue
+		}
+		l.Close()
+		return net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+	}
+	t.Fatal("no free port was found")
+	return ""
+}
+
+// Self puts the test's own program at path, for every user to execute. Another
+// process writes it: a child that this one forks meanwhile would hold it open for
+// writing, and it could not be executed (ETXTBSY).
+func Self(t testing.TB, path string) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("install", "-m", "755", self, path).CombinedOutput(); err != nil {
+		t.Fatalf("install %s: %v: %s", path, err, out)
 	}
 }

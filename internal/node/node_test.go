@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,6 +19,7 @@ import (
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/identity"
 	"github.com/unum-os/unum/internal/ids"
+	"github.com/unum-os/unum/internal/need"
 	"github.com/unum-os/unum/internal/proc"
 	"github.com/unum-os/unum/internal/record"
 	"github.com/unum-os/unum/internal/rpc"
@@ -29,17 +29,12 @@ import (
 // config is for a node in a directory of its own, at a free port.
 func config(t testing.TB) Config {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	dir := filepath.Join(t.TempDir(), "data")
-	return Config{Dir: dir, Mount: filepath.Join(dir, "mnt"), Socket: filepath.Join(dir, "sock"), Addr: l.Addr().String(),
+	return Config{Dir: dir, Mount: filepath.Join(dir, "mnt"), Socket: filepath.Join(dir, "sock"), Addr: need.Address(t),
 		Hostname: "host", Exe: exe, Log: slog.New(slog.DiscardHandler)}
 }
 

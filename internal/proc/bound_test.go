@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/unum-os/unum/internal/control"
+	"github.com/unum-os/unum/internal/need"
 	"github.com/unum-os/unum/internal/proc/jobapi"
 	"github.com/unum-os/unum/internal/wire"
 )
@@ -59,20 +60,8 @@ func greedy() int {
 // its user could have had it, and no further.
 func TestGreedyCaller(t *testing.T) {
 	r := newRig(t)
-	self, err := os.Open("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer self.Close()
 	path := filepath.Join(filepath.Dir(r.sock), "client") // where any user may execute it
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o755)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = io.Copy(f, self)
-	if cerr := f.Close(); err != nil || cerr != nil {
-		t.Fatal(err, cerr)
-	}
+	need.Self(t, path)
 	c := exec.Command(path)
 	c.Env, c.Dir = append(os.Environ(), greedyEnv+"="+r.sock), "/"
 	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1234, Gid: 1234}}
