@@ -23,8 +23,11 @@ FORCE:
 deps:
 	@scripts/deps
 
+# One package at a time: the clusters of ./test and those of ./internal/lab would
+# have to share a small machine otherwise, and a test that asks for little of it
+# would judge the neighbour.
 test: deps build
-	$(GO) test -count=1 -timeout 20m -parallel 2 ./test ./...
+	$(GO) test -count=1 -timeout 20m -p 1 -parallel 2 ./test ./...
 
 # The Go code of the control API, from its .proto file.
 proto:
