@@ -49,9 +49,7 @@ func shared(t *testing.T) string {
 // build makes the package of bin/unum in a directory.
 func build(t *testing.T, dir string) string {
 	t.Helper()
-	if _, err := exec.LookPath("dpkg-deb"); err != nil {
-		need.Missing(t, "needs dpkg-deb, as on Debian")
-	}
+	need.Program(t, "dpkg-deb")
 	if _, err := os.Stat("../bin/unum"); err != nil {
 		t.Fatalf("%v: make build first", err)
 	}
@@ -80,11 +78,9 @@ func TestReproducible(t *testing.T) {
 	}
 }
 
-// TestUnitFile lets systemd judge the unit, where it is installed.
+// TestUnitFile lets systemd judge the unit.
 func TestUnitFile(t *testing.T) {
-	if _, err := exec.LookPath("systemd-analyze"); err != nil {
-		t.Skip("needs systemd-analyze")
-	}
+	need.Program(t, "systemd-analyze")
 	b, err := os.ReadFile("unum.service")
 	if err != nil {
 		t.Fatal(err)

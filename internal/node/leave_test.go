@@ -484,6 +484,25 @@ func TestLeavingAgain(t *testing.T) {
 	}
 }
 
+// heldUp is a writer on n1 that was held up: it believes that n3 alone stores.
+func heldUp(n1 *Node) *block.Client {
+	return block.New(block.Config{Self: n1.id, RPC: n1.ep, Key: n1.volumeKey, Alive: n1.alive,
+		Replicas: func() []ids.Node { return []ids.Node{3} }})
+}
+
+// refuses checks that n takes no block from a writer that counts on it.
+func refuses(t *testing.T, ctx context.Context, w *block.Client, n *Node, what string) {
+	t.Helper()
+	short, stop := context.WithTimeout(ctx, time.Second)
+	defer stop()
+	if _, err := w.Put(short, []byte(what)); !errs.Has(err, errs.Timeout) {
+		t.Errorf("%s: %v", what, err)
+	}
+	if n.segs.Has(segment.Name(block.NameOf(n.volumeKey, []byte(what)))) {
+		t.Errorf("%s: it took a block", what)
+	}
+}
+
 // TestLeaverTakesNoBlocks: a node that leaves and whose place others have refuses
 // blocks, of a writer that does not know it yet too; what it writes itself goes to
 // the others, though its own replica may not have heard who they are. When it
@@ -497,8 +516,7 @@ func TestLeaverTakesNoBlocks(t *testing.T) {
 	for _, n := range []*Node{n1, n2, n3} {
 		voters(t, n, 1, 2, 3)
 	}
-	old := block.New(block.Config{Self: n1.id, RPC: n1.ep, Key: n1.volumeKey, Alive: n1.alive, // a writer that was held up
-		Replicas: func() []ids.Node { return []ids.Node{3} }})
+	old := heldUp(n1)
 	if _, err := old.Put(ctx, []byte("before")); err != nil {
 		t.Fatal(err)
 	}
@@ -510,14 +528,7 @@ func TestLeaverTakesNoBlocks(t *testing.T) {
 		_, err := n3.holding(ctx, &due)
 		return err == nil && due > 0
 	})
-	short, stop := context.WithTimeout(ctx, time.Second)
-	defer stop()
-	if _, err := old.Put(short, []byte("after")); !errs.Has(err, errs.Timeout) {
-		t.Errorf("a writer that does not know: %v", err)
-	}
-	if n3.segs.Has(segment.Name(block.NameOf(n1.volumeKey, []byte("after")))) {
-		t.Error("it took a block")
-	}
+	refuses(t, ctx, old, n3, "others have its place")
 	name, err := n3.blocks.Put(ctx, []byte("its own"))
 	if err != nil {
 		t.Fatal(err)
@@ -548,19 +559,7 @@ func TestLeaverIsSettled(t *testing.T) {
 	for _, n := range []*Node{n1, n2, n3} {
 		voters(t, n, 1, 2, 3)
 	}
-	old := block.New(block.Config{Self: n1.id, RPC: n1.ep, Key: n1.volumeKey, Alive: n1.alive, // a writer that was held up
-		Replicas: func() []ids.Node { return []ids.Node{3} }})
-	refuses := func(n *Node, what string) {
-		t.Helper()
-		short, stop := context.WithTimeout(ctx, time.Second)
-		defer stop()
-		if _, err := old.Put(short, []byte(what)); !errs.Has(err, errs.Timeout) {
-			t.Errorf("%s: %v", what, err)
-		}
-		if n.segs.Has(segment.Name(block.NameOf(n1.volumeKey, []byte(what)))) {
-			t.Errorf("%s: it took a block", what)
-		}
-	}
+	old := heldUp(n1)
 	if err := n3.setState(ctx, record.Leaving); err != nil {
 		t.Fatal(err)
 	}
@@ -568,7 +567,7 @@ func TestLeaverIsSettled(t *testing.T) {
 		v := n3.unseated.Load()
 		return v != nil && slices.Equal(*v, []ids.Node{1, 2})
 	})
-	refuses(n3, "others have its place")
+	refuses(t, ctx, old, n3, "others have its place")
 
 	stop3()
 	opened := false
@@ -577,7 +576,7 @@ func TestLeaverIsSettled(t *testing.T) {
 		t.Error("it would take blocks before it knows whether it has a place")
 	}
 	await(t, "it hears of the others", func() bool { return n3.alive(1) && n1.alive(3) })
-	refuses(n3, "started anew")
+	refuses(t, ctx, old, n3, "started anew")
 	if err := n3.setState(ctx, record.Active); err != nil { // as when it is done after stay has given up
 		t.Fatal(err)
 	}
