@@ -27,7 +27,8 @@ deps:
 # have to share a small machine otherwise, and a test that asks for little of it
 # would judge the neighbour.
 test: deps build
-	$(GO) test -count=1 -timeout 20m -p 1 -parallel 2 ./test ./...
+	@[ "$$(id -u)" = 0 ] && echo "as root: the tests on real clusters run" || echo "as $$(id -un): tests that need root are skipped, and named at the end"
+	$(GO) run gotest.tools/gotestsum@v1.13.0 --format pkgname --format-hide-empty-pkg -- -count=1 -timeout 20m -p 1 -parallel 2 ./test ./...
 
 # The Go code of the control API, from its .proto file.
 proto:
