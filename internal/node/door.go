@@ -16,8 +16,8 @@ import (
 // open lists what nodes that do not store may ask for, by role. Nodes that store
 // may ask for everything: they are trusted with all there is.
 var open = map[identity.Role][]string{
-	identity.RoleWitness: {methodSelf, methodMembers, methodRenew, methodClock, methodForward, methodPropose, castRaft, streamSnap, member.Service},
-	identity.RoleClient:  {methodSelf, methodMembers, methodRenew, methodForward, methodRead, methodLogin, methodRelogin},
+	identity.RoleWitness: {methodSelf, methodMembers, methodMoved, methodRenew, methodClock, methodForward, methodPropose, castRaft, streamSnap, member.Service},
+	identity.RoleClient:  {methodSelf, methodMembers, methodMoved, methodRenew, methodForward, methodRead, methodLogin, methodRelogin},
 }
 
 // toStrangers lists what a node may ask for of which nothing is known here yet: see

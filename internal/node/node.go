@@ -88,6 +88,7 @@ type Node struct {
 	known     atomic.Pointer[map[ids.Node]record.Member] // the record's members
 	roster    sync.Mutex                                 // over changes of known
 	revision  uint64                                     // of the record at which known is true; by roster
+	moves     sync.Map                                   // ids.Node to moved, of those that have said where they are
 	strangers *strangers                                 // that show a good certificate
 	stir      chan struct{}                              // holds one: the steward should look
 	rung      bell                                       // the record has changed

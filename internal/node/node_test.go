@@ -227,6 +227,27 @@ func TestAddressIsKept(t *testing.T) {
 	told("", moved)
 }
 
+// TestOneOfTwoMoves: of two nodes one comes back at another address. Without it
+// there is no majority, and nobody could be told by the record where it is.
+func TestOneOfTwoMoves(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	n1, _ := founded(t)
+	n2, cfg2, stop2 := join(t, ctx, n1, record.RoleStore)
+	for _, n := range []*Node{n1, n2} {
+		voters(t, n, 1, 2)
+	}
+	stop2()
+	cfg2.Addr = need.Address(t)
+	n2, _ = start(t, cfg2)
+	for _, n := range []*Node{n1, n2} {
+		await(t, "the record has its address", func() bool { return (*n.known.Load())[n2.id].Addr == cfg2.Addr })
+	}
+	if _, err := n1.token(asRoot(ctx, n1), 0, 0, 0); err != nil {
+		t.Error(err)
+	}
+}
+
 // Who has no token gets nothing into the record's log.
 func TestStrangersWriteNothing(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

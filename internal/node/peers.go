@@ -32,6 +32,7 @@ type memberList struct {
 func (n *Node) servePeers() {
 	n.ep.Handle(methodSelf, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) { return n.self(), nil, nil })
 	n.ep.Handle(methodEntrust, n.serveEntrust)
+	n.ep.Handle(methodMoved, n.serveMoved)
 	n.ep.Handle(methodClock, func(context.Context, ids.Node, []byte, []byte) (any, []byte, error) {
 		return clockReply{n.cfg.Clock.Wall().UnixNano()}, nil, nil
 	})

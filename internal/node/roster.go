@@ -1,11 +1,15 @@
 package node
 
 import (
+	"context"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/unum-os/unum/internal/errs"
 	"github.com/unum-os/unum/internal/ids"
 	"github.com/unum-os/unum/internal/record"
+	"github.com/unum-os/unum/internal/wire"
 )
 
 // refreshMembers reads the members anew, from this node's replica of the record.
@@ -49,8 +53,64 @@ func (n *Node) setMembers(l memberList) bool {
 	return true
 }
 
+// methodMoved tells a node that the caller is at another address than the record
+// says: movedRequest -> nothing.
+const methodMoved = "node.moved"
+
+type movedRequest struct {
+	Addr string `cbor:"1,keyasint"`
+}
+
+// movedFor is how long a node is looked for where it says that it is, and not where
+// the record says. It says so again until the record says the same (noteMove).
+const movedFor = 30 * time.Second
+
+// moved is where a node says that it is.
+type moved struct {
+	addr string
+	at   time.Time
+}
+
+// serveMoved believes a node where it is itself: it has shown who it is.
+func (n *Node) serveMoved(_ context.Context, from ids.Node, req, _ []byte) (any, []byte, error) {
+	var q movedRequest
+	if err := wire.Unmarshal(req, &q); err != nil {
+		return nil, nil, err
+	}
+	addr, err := address(q.Addr, "")
+	if err != nil {
+		return nil, nil, err
+	}
+	if was, _ := n.moves.Swap(from, moved{addr, time.Now()}); was == nil || was.(moved).addr != addr {
+		n.cfg.Log.Info("member has moved", "member", from.String(), "addr", addr)
+	}
+	return nil, nil, nil
+}
+
+// tellMove tells all others where this node is. The record alone could not: its
+// majority may need this node, and then nothing can be written before they reach it.
+func (n *Node) tellMove(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, selfLimit)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, m := range n.current() {
+		if m.ID == n.id {
+			continue
+		}
+		wg.Go(func() {
+			if _, err := n.ep.Call(ctx, m.ID, methodMoved, movedRequest{n.disk.Addr}, nil, nil); err != nil {
+				n.cfg.Log.Debug("a member does not know yet where this node is", "member", m.ID.String(), "err", err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // resolve returns a node's address.
 func (n *Node) resolve(p ids.Node) (string, bool) {
+	if v, ok := n.moves.Load(p); ok && time.Since(v.(moved).at) < movedFor {
+		return v.(moved).addr, true
+	}
 	if m, ok := (*n.known.Load())[p]; ok {
 		return m.Addr, m.Addr != ""
 	}

@@ -265,11 +265,15 @@ func (n *Node) admit(ctx context.Context, members []record.Member) bool {
 	return did
 }
 
-// noteMove tells the record when this node's address or host name has changed.
+// noteMove tells the others and the record when this node's address or host name
+// has changed.
 func (n *Node) noteMove(ctx context.Context) {
 	m, ok := (*n.known.Load())[n.id]
 	if !ok || m.Addr == n.disk.Addr && m.Hostname == n.cfg.Hostname {
 		return
+	}
+	if m.Addr != n.disk.Addr {
+		n.tellMove(ctx)
 	}
 	ctx, cancel := context.WithTimeout(ctx, moveLimit)
 	defer cancel()
