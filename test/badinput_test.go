@@ -217,7 +217,6 @@ func TestBadInput(t *testing.T) {
 	t.Run("noise", func(t *testing.T) { noise(t, c.in(t)) })
 	t.Run("stranger", func(t *testing.T) { stranger(t, c.in(t)) })
 	t.Run("token", func(t *testing.T) { badToken(t, c.in(t)) })
-	t.Run("image", func(t *testing.T) { daemonImage(t, c.in(t)) })
 	t.Run("killed", func(t *testing.T) { deadMount(t, c.in(t)) })
 	// After all of it the three are one computer.
 	if got := c.must("n1", "echo fine > /unum/fine && UNUM run --on n3 cat /unum/fine"); got != "fine\n" {
@@ -416,16 +415,6 @@ func deadMount(t *testing.T, c *cluster) {
 		t.Errorf("stopped by SIGTERM: code %d: %s", code, d.out)
 	}
 	s.gone(t)
-}
-
-// daemonImage: the program that a daemon runs, which it gives to other users, is
-// not theirs to write. (While it runs nobody can; they may hold it for longer.)
-func daemonImage(t *testing.T, c *cluster) {
-	got := c.must("n1", `for p in /proc/[0-9]*; do
-		case "$(tr '\0' ' ' < $p/cmdline 2>/dev/null)" in "unum "*" --dir /var/lib/unum "*) stat -L -c '%U %A' $p/exe;; esac; done`)
-	if got != "root -r-xr-xr-x\n" {
-		t.Errorf("the daemon's image: %q", got)
-	}
 }
 
 // memory and descriptors of the lab's own daemon in a node.

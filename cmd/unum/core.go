@@ -121,19 +121,22 @@ func running(id string) (*os.File, error) {
 	return control.Image(control.Path(), id, imageLimit)
 }
 
-// unpack writes the core to memory, where nobody may write to it but who could
-// change this process as well: a daemon gives its image to other users (package
-// control), who may open it anew as its mode allows. A seal would say the same, but
-// the kernel refuses one (EBUSY) while it holds a page that was just written.
+// imageSeals make a core in memory unchangeable for ever: a daemon gives its image to
+// other users (package control). F_SEAL_WRITE is not among them: it is refused (EBUSY)
+// while the kernel holds a page that was just written, and nobody has mapped the file
+// for writing, which is all that F_SEAL_FUTURE_WRITE would leave.
+const imageSeals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_FUTURE_WRITE
+
+// unpack writes the core to memory and seals it.
 func unpack() (*os.File, error) {
 	src, err := files.Open(coreFile)
 	if err != nil {
 		return nil, err
 	}
 	defer src.Close()
-	fd, err := unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_EXEC)
+	fd, err := unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
 	if errors.Is(err, unix.EINVAL) { // older than 6.3
-		fd, err = unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC)
+		fd, err = unix.MemfdCreate("unum-core", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	}
 	if err != nil {
 		return nil, err
@@ -142,7 +145,8 @@ func unpack() (*os.File, error) {
 	if _, err := io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, 1<<20)); err != nil {
 		return nil, err
 	}
-	return dst, dst.Chmod(0o555)
+	_, err = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, imageSeals)
+	return dst, err
 }
 
 // execute becomes the program in f.

@@ -183,16 +183,8 @@ func (l *Lab) remove(s *state) error {
 	if err != nil {
 		return err
 	}
-	for i := len(p.MadeDir) - 1; i >= 0; i-- {
-		if !isEmpty(p.MadeDir[i]) {
-			break
-		}
-		if err := os.Remove(p.MadeDir[i]); err != nil && !os.IsNotExist(err) {
-			return errs.Wrap(err, "lab down", p.MadeDir[i])
-		}
-	}
-	if isEmpty(defaultBase) {
-		_ = os.Remove(defaultBase) // another lab may just begin there
+	if err := removeEmpty(append([]string{defaultBase}, p.MadeDir...)); err != nil {
+		return err
 	}
 	if err := dropShared(context.Background(), l.name); err != nil {
 		return err
@@ -217,9 +209,16 @@ func procsOf(s *state) []procID {
 	return ps
 }
 
-func isEmpty(dir string) bool {
-	ents, err := os.ReadDir(dir)
-	return err == nil && len(ents) == 0
+// removeEmpty removes directories, the last first, but for those that are
+// somebody's by now: not empty, or mounted on.
+func removeEmpty(dirs []string) error {
+	for _, d := range slices.Backward(dirs) {
+		err := unix.Rmdir(d)
+		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
+			return errs.Wrap(err, "lab down", d)
+		}
+	}
+	return nil
 }
 
 // killStrays kills inits of the lab that are in none of its cgroups: there may

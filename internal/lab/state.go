@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -217,38 +218,49 @@ func (l *Lab) change(ctx context.Context, f func(s *state) error) error {
 	return s.save()
 }
 
-// mkdirs makes path and its missing parents and returns those it is about to
-// make, outermost first, through record, before making them.
+// mkdirs makes path and its missing parents and tells record of those it is about
+// to make, outermost first, before it makes them. A parent that goes meanwhile is
+// made, and told, too.
 func mkdirs(path string, record func(made []string) error) error {
-	return mkdirsAgain(path, record, parentTries)
+	var told []string
+	for try := 1; ; try++ {
+		missing, err := missingDirs(path)
+		if err != nil || len(missing) == 0 {
+			return err
+		}
+		if len(missing) > len(told) { // all are above path: the longer list has the others in it
+			told = missing
+			if err := record(told); err != nil {
+				return err
+			}
+		}
+		for _, p := range missing {
+			if err = os.Mkdir(p, 0o755); err != nil && !os.IsExist(err) {
+				break
+			}
+		}
+		if err != nil && (try == parentTries || !os.IsExist(err) && !os.IsNotExist(err)) {
+			return errs.Wrap(err, "lab up", path)
+		}
+	}
 }
 
-func mkdirsAgain(path string, record func(made []string) error, again int) error {
-	var made []string
+// missingDirs lists path and its parents that are not there, outermost first.
+func missingDirs(path string) (missing []string, err error) {
 	for p := path; ; p = filepath.Dir(p) {
 		fi, err := os.Stat(p)
-		if err == nil {
-			if !fi.IsDir() {
-				return errs.E(errs.NotDir, "lab up", p, "a directory is needed here")
-			}
-			break
+		switch {
+		case os.IsNotExist(err):
+			missing = append(missing, p)
+		case err != nil:
+			return nil, errs.Wrap(err, "lab up", p)
+		case !fi.IsDir():
+			return nil, errs.E(errs.NotDir, "lab up", p, "a directory is needed here")
+		default:
+			slices.Reverse(missing)
+			return missing, nil
 		}
-		if !os.IsNotExist(err) {
-			return errs.Wrap(err, "lab up", p)
-		}
-		made = append([]string{p}, made...)
 	}
-	if len(made) == 0 {
-		return nil
-	}
-	if err := record(made); err != nil {
-		return err
-	}
-	err := os.MkdirAll(path, 0o755)
-	if os.IsNotExist(err) && again > 0 { // a parent went meanwhile, and is to be recorded too
-		return mkdirsAgain(path, record, again-1)
-	}
-	return errs.Wrap(err, "lab up", path)
 }
 
 // parentTries is how often a directory is tried to be made whose parent goes at the
@@ -322,12 +334,8 @@ func dropShared(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	for i := len(made) - 1; i >= 0; i-- {
-		// Not empty, or mounted on by now: it is somebody's, so it stays.
-		if err := os.Remove(made[i]); err != nil && !os.IsNotExist(err) &&
-			!errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
-			return errs.Wrap(err, "lab down", made[i])
-		}
+	if err := removeEmpty(made); err != nil {
+		return err
 	}
 	for _, p := range []string{madeList(), madeList() + ".new"} {
 		if err := os.Remove(p); err != nil && !os.IsNotExist(err) {

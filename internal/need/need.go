@@ -4,6 +4,7 @@
 package need
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -43,11 +44,21 @@ func Program(t testing.TB, name string) {
 var given sync.Map
 
 // Address returns an address of this machine for a server that is stopped and
-// started again: no connection of another program can come by its port meanwhile.
+// started again: no outgoing connection, of whatever program, can come by its port
+// meanwhile.
 func Address(t testing.TB) string {
 	t.Helper()
+	const file = "/proc/sys/net/ipv4/ip_local_port_range"
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var end int // from here on ports are for outgoing connections
+	if _, err := fmt.Sscan(string(b), &end); err != nil || end <= 10000 {
+		t.Fatalf("%s: %q: servers have no ports of their own here", file, b)
+	}
 	for range 1000 {
-		port := 10000 + rand.IntN(22768) // from 32768 on they are for outgoing connections (net.ipv4.ip_local_port_range)
+		port := 10000 + rand.IntN(end-10000)
 		if _, taken := given.LoadOrStore(port, true); taken {
 			continue
 		}

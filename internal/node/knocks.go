@@ -58,8 +58,8 @@ type knock struct {
 	since     time.Time // the first of them
 }
 
-// knocks holds the door. It has an entry for each node that has knocked; who has
-// no certificate never comes so far.
+// knocks holds the door. It has an entry for each node that has knocked, and one for
+// all who are no members.
 type knocks struct {
 	refusals  atomic.Uint64 // not told to the audit one by one
 	proposals atomic.Uint64 // turned away
@@ -136,7 +136,7 @@ func (k *knocks) propose(peer ids.Node, size int, now time.Time) (settle func(de
 }
 
 // due returns a node of which something was dropped a while ago, and how much
-// since when; that is forgotten then. None untold: there is none.
+// since when; that is forgotten then. Untold 0: there is none.
 func (k *knocks) due(now time.Time) (peer ids.Node, untold uint64, since time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
