@@ -77,6 +77,9 @@ func (n *Node) serveMoved(_ context.Context, from ids.Node, req, _ []byte) (any,
 	if err := wire.Unmarshal(req, &q); err != nil {
 		return nil, nil, err
 	}
+	if q.Addr == "" || len(q.Addr) > record.MaxText {
+		return nil, nil, errs.E(errs.Invalid, "note address", from.String(), "%d bytes, want 1 to %d", len(q.Addr), record.MaxText)
+	}
 	addr, err := address(q.Addr, "")
 	if err != nil {
 		return nil, nil, err
