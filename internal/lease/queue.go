@@ -64,7 +64,7 @@ func (in *inode) holder(s ids.Session) *grant {
 }
 
 func (g *grant) holder() Holder {
-	return Holder{Session: g.session, Mode: g.mode, Seq: g.seq, Recalled: g.recalled}
+	return Holder{Session: g.session, Mode: g.mode, Seq: g.seq, Since: g.since, Recalled: g.recalled}
 }
 
 // closedToReaders reports whether a new Read lease must not be given nor waited
@@ -120,12 +120,13 @@ func (t *Table) activate(r *request) Effect {
 
 // grant gives s a lease on in, in place of the one it may have.
 func (t *Table) grant(in *inode, s ids.Session, m Mode, ticket uint64) Effect {
+	t.seq++
+	since := t.seq
 	if old := in.holder(s); old != nil {
-		m = max(m, old.mode)
+		m, since = max(m, old.mode), old.since
 		t.drop(old)
 	}
-	t.seq++
-	g := &grant{session: s, in: in, mode: m, seq: t.seq}
+	g := &grant{session: s, in: in, mode: m, seq: t.seq, since: since}
 	i, _ := in.place(s)
 	in.holders = slices.Insert(in.holders, i, g)
 	t.of(s).grants[in] = g

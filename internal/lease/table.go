@@ -89,7 +89,8 @@ type Holder struct {
 	Session  ids.Session
 	Mode     Mode
 	Seq      uint64
-	Recalled bool // asked back and not yet given back
+	Since    uint64 // Seq of the first grant since which the session has held it without a break
+	Recalled bool   // asked back and not yet given back
 }
 
 // Counts is the table in numbers, for status.
@@ -127,6 +128,7 @@ type grant struct {
 	in       *inode
 	mode     Mode
 	seq      uint64
+	since    uint64 // seq of the first of the grants that followed each other without a break
 	recalled bool
 	at       clock.Instant // of the recall
 }

@@ -48,6 +48,35 @@ func TestWriterAmongReaders(t *testing.T) {
 		Effect{Kind: Granted, Ticket: 7, Session: 2, Ino: 9, Mode: Read, Seq: 6}, Effect{Kind: Granted, Ticket: 8, Session: 3, Ino: 9, Mode: Read, Seq: 7})
 }
 
+// Since tells a session that goes on holding from one that has given up and
+// holds again.
+func TestSince(t *testing.T) {
+	tab := New()
+	since := func() uint64 {
+		t.Helper()
+		h, ok := tab.Find(1, 9)
+		if !ok {
+			t.Fatal("it does not hold")
+		}
+		return h.Since
+	}
+	tab.Acquire(0, 1, 9, Read, 1)
+	if s := since(); s != 1 {
+		t.Fatalf("first grant: since %d", s)
+	}
+	tab.Acquire(0, 1, 9, Write, 2)
+	if s := since(); s != 1 {
+		t.Fatalf("more, without a break: since %d", s)
+	}
+	tab.Acquire(0, 2, 9, Write, 3)
+	tab.Released(0, 1, 9, 2, true)
+	tab.Acquire(0, 1, 9, Write, 4)
+	tab.Released(0, 2, 9, 3, true)
+	if s := since(); s != 4 {
+		t.Fatalf("after another: since %d", s)
+	}
+}
+
 func TestClaims(t *testing.T) {
 	tab := New()
 	tab.Acquire(0, 1, 5, Write, 1) // seq 1

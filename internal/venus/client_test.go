@@ -495,3 +495,43 @@ func FuzzCalls(f *testing.F) {
 		}
 	})
 }
+
+// While writers take turns on a file, who only looks at it is served.
+func TestReaderAmongWritersIsServed(t *testing.T) {
+	w := newWorld(t)
+	writers := []*Client{w.client(1), w.client(2)}
+	reader := w.client(3)
+	ino, _ := w.file(writers[0], "f")
+	stop := make(chan struct{})
+	var turns atomic.Int64
+	var wg sync.WaitGroup
+	for i, c := range writers {
+		fh := w.open(c, ino)
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, err := c.Write(w.ctx, ino, fh, uint64(i), []byte{1}, fusefs.WriteInfo{}); err != nil {
+					t.Error(err)
+					return
+				}
+				c.Replied(fusefs.OpWrite, ino)
+				turns.Add(1)
+			}
+		})
+	}
+	for range 20 {
+		before := turns.Load()
+		w.until(func() bool { return turns.Load() > before+2 })
+		_, err := reader.Lookup(w.ctx, who, ids.RootInode, "f")
+		if err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	close(stop)
+	wg.Wait()
+}

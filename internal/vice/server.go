@@ -498,24 +498,27 @@ func waitOn(m map[ids.Inode]chan struct{}, ino ids.Inode) <-chan struct{} {
 	return m[ino]
 }
 
-// shipped waits until no other session holds ino for writing: what such a holder
-// has done is not in the applied state yet. It is for readers that were told
-// NotNow, because somebody already waits for that holder's answer to a recall.
+// shipped waits until the session that now holds ino for writing has given it up:
+// what it has done is not in the applied state before. It is for readers that
+// were told NotNow, because somebody already waits for that holder's answer to a
+// recall. What a later holder does is done after the reader asked; to wait for
+// that too would be for ever, where writers take turns.
 func (l *leadership) shipped(ctx context.Context, by ids.Session, ino ids.Inode) error {
 	ctx, cancel := context.WithTimeout(ctx, maxWait)
 	defer cancel()
-	for {
-		l.mu.Lock()
-		held := false
-		for _, h := range l.table.Holders(ino) {
-			held = held || h.Mode == Write && h.Session != by
+	var holder lease.Holder
+	l.mu.Lock()
+	for _, h := range l.table.Holders(ino) {
+		if h.Mode == Write && h.Session != by {
+			holder = h
 		}
-		freed := waitOn(l.freed, ino)
-		if !held {
-			wake(l.freed, ino) // all who wait for it
+	}
+	for {
+		if h, held := l.table.Find(holder.Session, ino); !held || h.Since != holder.Since {
 			l.mu.Unlock()
 			return nil
 		}
+		freed := waitOn(l.freed, ino)
 		l.mu.Unlock()
 		select {
 		case <-freed:
@@ -524,6 +527,7 @@ func (l *leadership) shipped(ctx context.Context, by ids.Session, ino ids.Inode)
 		case <-l.ctx.Done():
 			return context.Cause(l.ctx)
 		}
+		l.mu.Lock()
 	}
 }
 
