@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -245,6 +246,21 @@ func TestOneOfTwoMoves(t *testing.T) {
 	}
 	if _, err := n1.token(asRoot(ctx, n1), 0, 0, 0); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTokenLife: a join token is not good for ever, nor by mistake for no time.
+func TestTokenLife(t *testing.T) {
+	n, _ := founded(t)
+	for life, ok := range map[time.Duration]bool{time.Hour: true, maxTokenLife: true, maxTokenLife + 1: false, math.MaxInt64: false} {
+		_, err := n.token(asRoot(t.Context(), n), 0, life, 0)
+		if ok && err != nil || !ok && !errs.Has(err, errs.Invalid) {
+			t.Errorf("for %v: %v", life, err)
+		}
+	}
+	toks, err := n.record.view().Tokens()
+	if err != nil || len(toks) != 2 {
+		t.Errorf("the record has %d tokens, want 2 (%v)", len(toks), err)
 	}
 }
 

@@ -171,8 +171,12 @@ func (n *Node) seats() int {
 	return quorum.Seats(storing, witness)
 }
 
-// TokenLife is how long a join token is good if nobody says.
-const TokenLife = 24 * time.Hour
+const (
+	// TokenLife is how long a join token is good if nobody says, maxTokenLife how
+	// long it may be: who has it may become a node. Its uses have no bound.
+	TokenLife    = 24 * time.Hour
+	maxTokenLife = 366 * 24 * time.Hour
+)
 
 // token makes a join token and puts its hash into the record. No uses are one, no
 // life is a day, no role is store.
@@ -182,6 +186,9 @@ func (n *Node) token(ctx context.Context, uses uint32, life time.Duration, role 
 	}
 	if life <= 0 {
 		life = TokenLife
+	}
+	if life > maxTokenLife {
+		return "", errs.E(errs.Invalid, "make token", "", "for %v, limit %v", life, maxTokenLife).WithRemedy("unum token --expires 720h, or any time up to that")
 	}
 	if role == 0 {
 		role = record.RoleStore
