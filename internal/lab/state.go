@@ -265,7 +265,7 @@ func missingDirs(path string) (missing []string, err error) {
 
 // parentTries is how often a directory is tried to be made whose parent goes at the
 // same moment, because it was made for the last other lab, which goes down.
-const parentTries = 100
+const parentTries = 10_000
 
 // makeAll is os.MkdirAll beside other labs that remove parents which have become empty.
 func makeAll(path string, mode os.FileMode) error {
